@@ -1,0 +1,52 @@
+# make demo    a talking puppet: out/demo.mp4, and out/demo.png to look at
+# make test    the tests
+# make lint    style and types
+# make clean   removes what these made
+#
+# Needs python3 (3.11 or later) and installs everything into .venv.
+# Another interpreter: make demo PYTHON=python3.12        With extras, on a GPU machine say: make demo EXTRAS=cuda
+
+PYTHON ?= python3
+EXTRAS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+
+comma := ,
+suffix := $(if $(EXTRAS),-$(subst $(comma),-,$(EXTRAS)))
+INSTALLED := $(VENV)/.installed$(suffix)
+INSTALLED_DEV := $(VENV)/.installed-dev$(suffix)
+INSTALL := $(BIN)/python -m pip install --quiet --no-input --disable-pip-version-check --editable
+
+.PHONY: demo test lint clean
+
+demo: $(INSTALLED)
+	$(BIN)/python sample.py --config configs/demo.py
+
+test: $(INSTALLED_DEV)
+	$(BIN)/python -m pytest -q
+
+lint: $(INSTALLED_DEV)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) out build *.egg-info .mypy_cache .ruff_cache .pytest_cache
+
+# Installed once, and again when pyproject.toml changes.
+$(INSTALLED): pyproject.toml | $(BIN)/python
+	@echo "installing into $(VENV): some minutes the first time"
+	@$(INSTALL) '.$(if $(EXTRAS),[$(EXTRAS)])'
+	@touch $@
+
+$(INSTALLED_DEV): pyproject.toml | $(BIN)/python
+	@echo "installing into $(VENV): some minutes the first time"
+	@$(INSTALL) '.[dev$(if $(EXTRAS),$(comma)$(EXTRAS))]'
+	@touch $@ $(INSTALLED)
+
+$(BIN)/python:
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found: install Python 3.11 or later" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "error: Python 3.11 or later is needed, and $(PYTHON) is older: make demo PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+		echo "error: $(PYTHON) cannot make a virtual environment: install its venv module (python3-venv)" >&2; exit 1; }

@@ -1,0 +1,103 @@
+"""Whole sampling runs of the released program, replayed with this one: `loop_preview.npz` of the golden data.
+
+Used by the parity command and by the tests. Parameters come from the converter; what is run here is the sampler,
+the guidance and the solver that users run.
+
+Axes: B batch, T latent frames, h w latent rows and columns, R guidance branches, n sampling steps.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from emv3_jax.config import DiTConfig
+from emv3_jax.diffusion.flow import flow_grid
+from emv3_jax.diffusion.guidance import Branch, ModelVelocity, branches, dynamic_scale, guide, stack_branches
+from emv3_jax.diffusion.sampler import sample
+from emv3_jax.diffusion.solvers import euler
+from emv3_jax.models.dit import Conditions, DiT
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """How the released loop was called for one golden run."""
+
+    steps: int
+    text_scale: float = 1.0
+    audio_scale: float = 1.0
+    dynamic: bool = False  # both scales by the dynamic formula
+    neg_scale: float = 1.0  # factor of the negative embedding at each of the steps 0..neg_steps, piling up
+    neg_steps: int = 0
+
+
+LOOPS: dict[str, Loop] = {
+    "flow_plain": Loop(steps=5, text_scale=4.0, audio_scale=2.9),
+    "flow_neg_dyn": Loop(steps=6, text_scale=4.0, audio_scale=2.9, dynamic=True, neg_scale=1.5, neg_steps=2),
+    "nocfg": Loop(steps=4),
+}
+
+
+def channels_last(x: np.ndarray) -> jax.Array:
+    """[B, C, ...] -> [B, ..., C]."""
+    return jnp.moveaxis(jnp.asarray(x), 1, -1)
+
+
+def _padded(text: np.ndarray, length: int) -> np.ndarray:
+    """Text states [S, C] -> [1, length, C], zeros after the real length."""
+    return np.pad(text, ((0, length - len(text)), (0, 0)))[None]
+
+
+def branch_conditions(golden: Mapping[str, np.ndarray], cfg: DiTConfig, branch: Branch, factor: float) -> Conditions:
+    """What one branch of the golden run is given; `factor` multiplies the negative prompt's states."""
+    text = golden["prompt"] if branch.prompt else factor * golden["negative"]
+    given = jnp.concatenate([channels_last(golden["mask"]), channels_last(golden["masked"])], axis=-1)
+    return Conditions(
+        given=given,
+        text=jnp.asarray(_padded(text, cfg.text_len), jnp.float32),
+        image=jnp.asarray(golden["clip"]),
+        audio=jnp.asarray(golden["audio"]) * float(branch.audio),
+        face_mask=jnp.asarray(golden["face_mask"]),
+        audio_scale=jnp.ones(given.shape[0]),
+    )
+
+
+def replay(
+    name: str, golden: Mapping[str, np.ndarray], cfg: DiTConfig, params: Mapping, together: bool = True
+) -> tuple[np.ndarray, np.ndarray]:
+    """Runs the golden loop `name` again.
+
+    Args:
+      name: a key of LOOPS.
+      golden: the arrays of `loop_preview.npz`.
+      cfg, params: the tiny preview transformer, converted.
+      together: guidance branches as one batch, or in turn.
+
+    Returns:
+      The final latents of this program and of the released one, both [B, T, h, w, 16].
+    """
+    loop = LOOPS[name]
+    model = ModelVelocity(params, DiT(cfg))
+    scales = (loop.text_scale, loop.audio_scale)
+    chain = branches(*scales)
+    # The negative embedding grows for some steps and then stays: contexts for each stage of it, leaves [stage, R, ...].
+    prepare = jax.jit(ModelVelocity.contexts)
+    stages = [
+        prepare(
+            model, stack_branches([branch_conditions(golden, cfg, b, loop.neg_scale ** (stage + 1)) for b in chain])
+        )
+        for stage in range(loop.neg_steps + 1)
+    ]
+    staged = stack_branches(stages)
+    stage_of_step = jnp.minimum(jnp.arange(loop.steps), loop.neg_steps)
+    text_scale, audio_scale = (dynamic_scale(s, loop.steps) if loop.dynamic else s for s in scales)
+
+    def velocity(x: jax.Array, t: jax.Array, i: jax.Array) -> jax.Array:
+        contexts = jax.tree.map(lambda leaf: leaf[stage_of_step[i]], staged)
+        return guide(model, contexts, text_scale, audio_scale, together)(x, t, i)
+
+    grid = flow_grid(loop.steps, shift=5.0)
+    got = sample(velocity, euler(grid), grid, channels_last(golden["latents"]))
+    return np.asarray(got), np.asarray(channels_last(golden[name]))

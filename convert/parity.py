@@ -1,0 +1,261 @@
+"""Compares the models with golden values of the released program: `python -m convert.parity DIR [--seed N] [--full]`.
+
+DIR holds `weights.py` (tensor_for: the weight of a checkpoint key), `manifests/<model>.json` (key -> torch shape) and
+`<case>.npz` (inputs and outputs). Weights are rebuilt from the manifest, written to a temporary .safetensors file and
+loaded through the project's own converter. One row a case: `name  max|a-b|/max|b|  PASS|FAIL`; exit 1 on any FAIL.
+Golden arrays are channels first; the models are channels last.
+"""
+
+import argparse
+import dataclasses
+import functools
+import importlib.util
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from convert import clip, dit, golden_loops, umt5, vae
+from convert.engine import Table, read_safetensors, to_jax, write_safetensors
+from emv3_jax.config import CLIPConfig, DiTConfig, UMT5Config, VAEConfig
+from emv3_jax.diffusion import flow, solvers
+from emv3_jax.errors import UserError
+from emv3_jax.models.audio_tokens import audio_ranges
+from emv3_jax.models.clip import CLIPVision
+from emv3_jax.models.dit import Conditions, DiT
+from emv3_jax.models.umt5 import UMT5Encoder
+from emv3_jax.models.vae import WanVAE
+from emv3_jax.tasks import mask_channels
+
+Pair = tuple[jax.Array | np.ndarray, np.ndarray]  # what this program computes, what the released one does
+
+DIT_TINY = DiTConfig(
+    width=48, heads=4, layers=2, ffn=96, time_features=32, text_width=24, text_len=12, audio_width=10, image_width=20
+)  # fmt: skip
+UMT5_TINY = UMT5Config(vocab=97, width=32, attention_width=32, heads=4, layers=3, ffn=48)
+CLIP_TINY = CLIPConfig(image_size=28, patch=14, width=32, heads=4, layers=3)
+
+
+@dataclasses.dataclass(frozen=True)
+class Golden:
+    """A folder of golden values, and the weights that belong to it."""
+
+    root: Path
+    seed: int = 0
+
+    def arrays(self, name: str) -> Mapping[str, np.ndarray]:
+        """The arrays of `<name>.npz`."""
+        with np.load(self.root / f"{name}.npz") as file:
+            return dict(file)
+
+    def params(self, manifest: str, table: Table, target_tree: dict) -> dict:
+        """Stand-in weights of a manifest, through a real file and the real converter."""
+        shapes = json.loads((self.root / "manifests" / f"{manifest}.json").read_text())
+        tensor_for = load_tensor_for(self.root / "weights.py")
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / f"{manifest}.safetensors"
+            write_safetensors(file, {key: tensor_for(key, shape, self.seed) for key, shape in shapes.items()})
+            return to_jax(table, read_safetensors(file), target_tree, file.name)
+
+
+@functools.cache
+def load_tensor_for(path: Path) -> Callable[..., np.ndarray]:
+    spec = importlib.util.spec_from_file_location("golden_weights", path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise UserError(f"{path}: no such file; a golden folder holds weights.py beside its .npz files")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.tensor_for
+
+
+def channels_last(x: np.ndarray) -> np.ndarray:
+    """[B, C, ...] -> [B, ..., C]."""
+    return np.moveaxis(x, 1, -1)
+
+
+def padded_text(states: np.ndarray, cfg: DiTConfig) -> np.ndarray:
+    """[real length, text_width] -> [text_len, text_width], zeros behind."""
+    return np.pad(states, ((0, cfg.text_len - len(states)), (0, 0)))
+
+
+@functools.cache
+def dit_params(golden: Golden, manifest: str, cfg: DiTConfig) -> dict:
+    """Parameters of a preview transformer."""
+    return golden.params(manifest, dit.PREVIEW, dit.target_tree(cfg))
+
+
+def dit_preview(golden: Golden, name: str, cfg: DiTConfig) -> Pair:
+    """One velocity of the preview transformer."""
+    g = golden.arrays(name)
+    prompts = sorted(key for key in g if key.startswith("text"))
+    cond = Conditions(
+        given=channels_last(g["y"]),
+        text=np.stack([padded_text(g[key], cfg) for key in prompts]),
+        image=g["clip"],
+        audio=g["audio"],
+        face_mask=g["face_mask"],
+        audio_scale=np.full(len(g["x"]), g["audio_scale"], np.float32),
+    )
+    params = dit_params(golden, name, cfg)
+    out = jax.jit(DiT(cfg).apply)({"params": params}, channels_last(g["x"]), g["t"], cond)
+    return out, channels_last(g["out"])
+
+
+def dit_audio_ranges(golden: Golden) -> Pair:
+    """Which audio tokens each latent frame hears."""
+    g = golden.arrays("dit_preview_tiny")
+    return audio_ranges(g["audio"].shape[1], g["x"].shape[2]), g["audio_ranges"]
+
+
+@functools.cache
+def _vae_outputs(golden: Golden) -> tuple[jax.Array, jax.Array, jax.Array]:
+    g = golden.arrays("vae")
+    cfg = VAEConfig()
+    model, variables = WanVAE(cfg), {"params": golden.params("wan_vae", vae.TABLE, vae.target_tree(cfg))}
+    mean, logvar = jax.jit(functools.partial(model.apply, method="encode"))(variables, channels_last(g["pixels"]))
+    video = jax.jit(functools.partial(model.apply, method="decode"))(variables, channels_last(g["latents"]))
+    return mean, logvar, video
+
+
+def vae_output(golden: Golden, index: int, key: str) -> Pair:
+    """Mean, log-variance or decoded video of the VAE."""
+    return _vae_outputs(golden)[index], channels_last(golden.arrays("vae")[key])
+
+
+def umt5_tiny(golden: Golden) -> Pair:
+    """States of the text encoder."""
+    g = golden.arrays("umt5_tiny")
+    params = golden.params("umt5_tiny", umt5.TABLE, umt5.target_tree(UMT5_TINY))
+    ids, mask = (jnp.asarray(g[key], jnp.int32) for key in ("ids", "mask"))
+    return jax.jit(UMT5Encoder(UMT5_TINY).apply)({"params": params}, ids, mask), g["out"]
+
+
+def clip_tiny(golden: Golden) -> Pair:
+    """States of the image encoder."""
+    g = golden.arrays("clip_tiny")
+    params = golden.params("clip_tiny", clip.table(CLIP_TINY), clip.target_tree(CLIP_TINY))
+    return jax.jit(CLIPVision(CLIP_TINY).apply)({"params": params}, channels_last(g["pixels"])), g["out"]
+
+
+def masks(golden: Golden) -> Pair:
+    """Mask channels of the tasks."""
+    g = golden.arrays("mask_latents")
+    return mask_channels(channels_last(g["pixel_mask"])), channels_last(g["out"])
+
+
+def flow_scheduler(golden: Golden, steps: int, what: str) -> Pair:
+    """Grid or trajectory of the Flow sampler for v(x, t) = sin(1.7 x + t/300) + 0.3 x."""
+    g = golden.arrays("schedulers")
+    want = g[f"flow{steps}_{what}"]
+    grid = flow.flow_grid(steps, shift=5.0)
+    if what != "x":
+        return getattr(grid, what), want
+    solver, states = solvers.euler(grid), [want[0]]
+    state = solver.init(states[0])
+    for i, t in enumerate(grid.timesteps):
+        v = np.sin(1.7 * states[-1] + t / 300) + 0.3 * states[-1]
+        x, state = solver.step(state, states[-1], v, i)
+        states.append(np.asarray(x))
+    return np.stack(states), want
+
+
+def loop_preview(golden: Golden, name: str) -> Pair:
+    """A whole sampling run of the tiny preview transformer."""
+    params = dit_params(golden, "dit_preview_tiny", DIT_TINY)
+    return golden_loops.replay(name, golden.arrays("loop_preview"), DIT_TINY, params)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One row: its name, the .npz it needs, the largest max|a-b|/max|b| that passes, and what computes both sides."""
+
+    name: str
+    file: str
+    tolerance: float
+    compare: Callable[[Golden], Pair]
+
+
+CASES = (
+    Case("dit_preview_tiny", "dit_preview_tiny", 1e-5, lambda g: dit_preview(g, "dit_preview_tiny", DIT_TINY)),
+    Case("dit_preview_tiny.audio_ranges", "dit_preview_tiny", 0.0, dit_audio_ranges),
+    Case("vae.latent_mean", "vae", 1e-4, lambda g: vae_output(g, 0, "latent_mean")),
+    Case("vae.latent_logvar", "vae", 1e-4, lambda g: vae_output(g, 1, "latent_logvar")),
+    Case("vae.decoded", "vae", 1e-4, lambda g: vae_output(g, 2, "decoded")),
+    Case("umt5_tiny", "umt5_tiny", 1e-5, umt5_tiny),
+    Case("clip_tiny", "clip_tiny", 1e-5, clip_tiny),
+    Case("mask_latents", "mask_latents", 1e-5, masks),
+    *(
+        Case(f"schedulers.flow{n}_{what}", "schedulers", 1e-5, functools.partial(flow_scheduler, steps=n, what=what))
+        for n in (5, 8, 25)
+        for what in ("timesteps", "sigmas", "x")
+    ),
+    *(
+        Case(f"loop_preview.{name}", "loop_preview", 1e-4, functools.partial(loop_preview, name=name))
+        for name in golden_loops.LOOPS
+    ),
+)
+
+# The real sizes, run with --full on a machine that has the memory.
+FULL_CASES = (
+    Case("full/dit_preview_full", "full/dit_preview_full", 1e-4,
+         lambda g: dit_preview(g, "full/dit_preview_full", DiTConfig())),
+)  # fmt: skip
+
+# Golden values that nothing here computes yet; printed, so that a reader of the table knows.
+NOT_COVERED = (
+    "dit_flash_tiny", "wav2vec2_tiny", "riflex", "loop_flash", "loop_long",
+    "loop_preview: unipc, dpmpp, teacache12, teacache12_linear", "schedulers: unipc, dpmpp",
+)  # fmt: skip
+NOT_COVERED_FULL = ("full/dit_flash_full", "full/umt5_wide", "full/clip_full", "full/wav2vec2_base")
+
+
+def relative_error(got: jax.Array | np.ndarray, want: np.ndarray) -> float:
+    """max|a-b| / max|b| in float64; raises ValueError where the shapes differ."""
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    if got.shape != want.shape:
+        raise ValueError(f"shape {got.shape}, golden {want.shape}")
+    return float(np.abs(got - want).max() / np.abs(want).max())
+
+
+def run(golden: Golden, cases: tuple[Case, ...]) -> bool:
+    """Prints one row a case; True if none failed."""
+    good = True
+    for case in cases:
+        if not (golden.root / f"{case.file}.npz").is_file():
+            print(f"{case.name:32s}  skipped: {case.file}.npz is not in {golden.root}")
+            continue
+        try:
+            with jax.default_matmul_precision("highest"):
+                error = relative_error(*case.compare(golden))
+        except (ValueError, KeyError) as problem:  # UserError is a ValueError
+            error = float("nan")
+            print(f"{case.name}: {problem}", file=sys.stderr)
+        passed = error <= case.tolerance  # False for nan
+        good &= passed
+        print(f"{case.name:32s}  {error:.2e}  {'PASS' if passed else 'FAIL'}", flush=True)
+    return good
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns 0, 1 where a case failed, 2 where the folder cannot be used."""
+    parser = argparse.ArgumentParser(prog="python -m convert.parity", description=__doc__.splitlines()[0])
+    parser.add_argument("dir", type=Path, metavar="DIR", help="folder of golden values")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the stand-in weights (default 0)")
+    parser.add_argument("--full", action="store_true", help="also the released sizes (tens of GB of memory)")
+    args = parser.parse_args(argv)
+    if not args.dir.is_dir():
+        print(f"{args.dir}: no such folder; give one that holds weights.py, manifests/ and .npz files", file=sys.stderr)
+        return 2
+    good = run(Golden(args.dir, args.seed), CASES + (FULL_CASES if args.full else ()))
+    for name in NOT_COVERED + (NOT_COVERED_FULL if args.full else ()):
+        print(f"not covered yet: {name}")
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

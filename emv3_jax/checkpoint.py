@@ -1,0 +1,69 @@
+"""Parameter trees in safetensors files: '/'-joined paths as names, written whole or not at all."""
+
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from flax import traverse_util
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from emv3_jax.errors import UserError
+
+
+def save_params(path: pathlib.Path, params: Mapping, dtype: str = "float32", metadata: dict[str, str] | None = None):
+    """Writes a parameter tree; the file appears only when it is complete.
+
+    Args:
+      path: a .safetensors file.
+      params: nested dict of arrays.
+      dtype: of the floating arrays in the file.
+      metadata: kept beside the tensors.
+    """
+    flat = traverse_util.flatten_dict(dict(params), sep="/")
+    arrays = {name: np.ascontiguousarray(np.asarray(value).astype(dtype)) for name, value in flat.items()}
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        save_file(arrays, temporary, metadata=metadata)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_params(path: pathlib.Path, like: Any = None) -> dict:
+    """Reads a parameter tree as float32.
+
+    Args:
+      path: a file of `save_params`.
+      like: a tree of arrays or shapes that the file must match exactly.
+    Raises:
+      UserError: no such file, damaged, or keys or shapes differ from `like` (all differences in one message).
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise UserError(f"no weights at {path}: train them first, or give another path")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            flat = {name: np.asarray(file.get_tensor(name), np.float32) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged or no safetensors file ({error}): copy or train it again") from error
+    if like is not None:
+        wanted = {k: tuple(v.shape) for k, v in traverse_util.flatten_dict(dict(like), sep="/").items()}
+        found = {k: v.shape for k, v in flat.items()}
+        wrong = [f"missing {k}" for k in sorted(wanted.keys() - found.keys())]
+        wrong += [f"unexpected {k}" for k in sorted(found.keys() - wanted.keys())]
+        wrong += [f"{k} is {found[k]}, not {wanted[k]}" for k in sorted(wanted) if k in found and found[k] != wanted[k]]
+        if wrong:
+            raise UserError(f"{path} does not fit this model: {'; '.join(wrong)}")
+    return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def load_metadata(path: pathlib.Path) -> dict[str, Any]:
+    """The JSON values kept beside the tensors of a file."""
+    with safe_open(pathlib.Path(path), framework="numpy") as file:
+        return {name: json.loads(value) for name, value in (file.metadata() or {}).items()}

@@ -1,0 +1,119 @@
+"""Sizes of every model, and the presets that name them.
+
+Configs are frozen dataclasses: hashable, so they can be static arguments of a jitted function. Derived values are
+properties. Experiments (learning rates, schedules, paths) live in `configs/`, not here.
+"""
+
+import dataclasses
+
+# Per-channel statistics of the released VAE's latents (SPEC section 3).
+WAN_LATENT_MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+                   0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)  # fmt: skip
+WAN_LATENT_STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+                  3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class VAEConfig:
+    """Wan 2.1 causal video VAE: 8x in space, 4x in time, frame 0 alone."""
+
+    width: int = 96
+    multipliers: tuple[int, ...] = (1, 2, 4, 4)
+    res_blocks: int = 2
+    latent_channels: int = 16
+    temporal_down: tuple[bool, ...] = (False, True, True)  # which of the spatial halvings also halve time
+    latent_mean: tuple[float, ...] = WAN_LATENT_MEAN
+    latent_std: tuple[float, ...] = WAN_LATENT_STD
+
+    @property
+    def spatial_factor(self) -> int:
+        return 2 ** (len(self.multipliers) - 1)
+
+    @property
+    def temporal_factor(self) -> int:
+        return 2 ** sum(self.temporal_down)
+
+
+@dataclasses.dataclass(frozen=True)
+class DiTConfig:
+    """Diffusion transformer with coupled-decoupled cross-attention (SPEC section 2)."""
+
+    width: int = 1536
+    heads: int = 12
+    layers: int = 30
+    ffn: int = 8960
+    time_features: int = 256
+    text_width: int = 4096
+    text_len: int = 512
+    image_width: int = 1280
+    image_tokens: int = 257
+    audio_width: int = 768
+    latent_channels: int = 16
+    mask_channels: int = 4
+    patch: tuple[int, int, int] = (1, 2, 2)
+    rope_theta: float = 10000.0
+    remat: bool = False
+    dtype: str = "float32"  # of the matmuls; parameters, norms, modulation and softmax stay float32
+
+    @property
+    def head_width(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def in_channels(self) -> int:
+        """Noisy latents, mask, masked-video latents, in this order."""
+        return 2 * self.latent_channels + self.mask_channels
+
+
+@dataclasses.dataclass(frozen=True)
+class UMT5Config:
+    """umT5 encoder."""
+
+    vocab: int = 256384
+    width: int = 4096
+    attention_width: int = 4096
+    heads: int = 64
+    layers: int = 24
+    ffn: int = 10240
+    buckets: int = 32
+    max_distance: int = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class CLIPConfig:
+    """CLIP vision tower, read out one block before the last, without the final norm."""
+
+    image_size: int = 224
+    patch: int = 14
+    width: int = 1280
+    heads: int = 16
+    layers: int = 32
+    mlp_ratio: int = 4
+
+    @property
+    def tokens(self) -> int:
+        return (self.image_size // self.patch) ** 2 + 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """All the sizes of one pipeline."""
+
+    name: str
+    vae: VAEConfig
+    dit: DiTConfig
+    text: UMT5Config
+    image: CLIPConfig
+
+
+DEMO = Preset(
+    name="demo",
+    vae=VAEConfig(width=16, res_blocks=1, latent_mean=(0.0,) * 16, latent_std=(1.0,) * 16),
+    dit=DiTConfig(
+        width=192, heads=6, layers=6, ffn=512, time_features=64, text_width=64, text_len=24, image_width=64,
+        image_tokens=17, audio_width=64,
+    ),
+    text=UMT5Config(vocab=47, width=64, attention_width=64, heads=4, layers=2, ffn=128),
+    image=CLIPConfig(image_size=64, patch=16, width=64, heads=4, layers=3, mlp_ratio=2),
+)  # fmt: skip
+PRESETS = {preset.name: preset for preset in (DEMO,)}

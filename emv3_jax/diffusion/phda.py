@@ -1,0 +1,61 @@
+"""PhDA: how much each modality counts at each phase of the denoising (paper eq. 2).
+
+A weight is 0.5 below B1, rises linearly to 1 at B2 and stays there; large t is the early phase. Text counts the same
+throughout, the image most in the early and middle phases, audio most in the early phase.
+
+Axes: B batch.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from emv3_jax.diffusion.flow import T_MAX
+from emv3_jax.errors import UserError
+
+Bounds = tuple[float, float]  # B1 < B2, both in [0, 1000]
+
+
+def phda_weight(t: jax.Array, b1: jax.Array | float, b2: jax.Array | float) -> jax.Array:
+    """Weight in [0.5, 1] at t in [0, 1000]; t, b1 < b2 broadcast. Written m·t + b, with m = 0.5 / (b2 - b1)."""
+    return 0.5 + 0.5 * jnp.clip((t - b1) / (b2 - b1), 0.0, 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class PhDAConfig:
+    """Boundaries (B1, B2) per modality; None is a constant 1. Call it with t [B] for the weights [B, 3].
+
+    The paper names phases, not numbers. With the phases as thirds of [0, 1000], a weight is 1 throughout the phases
+    in which its modality matters and rises in the half phase before them. Raises UserError unless 0 <= B1 < B2 <= 1000.
+    """
+
+    text: Bounds | None = None
+    image: Bounds | None = (T_MAX / 6, T_MAX / 3)
+    audio: Bounds | None = (T_MAX / 2, T_MAX * 2 / 3)
+    jitter: float = 100.0  # training: how far `sample` moves both boundaries of a modality, at most
+
+    def __post_init__(self):
+        for name, bounds in zip(("text", "image", "audio"), self._bounds, strict=True):
+            if bounds is not None and not 0 <= bounds[0] < bounds[1] <= T_MAX:
+                raise UserError(f"PhDA boundaries of {name} are {bounds}; they must satisfy 0 <= B1 < B2 <= {T_MAX:g}")
+
+    @property
+    def _bounds(self) -> tuple[Bounds | None, Bounds | None, Bounds | None]:
+        return self.text, self.image, self.audio
+
+    def __call__(self, t: jax.Array) -> jax.Array:
+        """t [B] in [0, 1000] -> weights [B, 3] of text, image and audio, float32."""
+        return self._weights(t, jnp.zeros((*t.shape, 3)))
+
+    def sample(self, key: jax.Array, t: jax.Array) -> jax.Array:
+        """Like a call, with boundaries drawn per sample and modality (the paper's meta distribution; training)."""
+        return self._weights(t, jax.random.uniform(key, (*t.shape, 3), minval=-self.jitter, maxval=self.jitter))
+
+    def _weights(self, t: jax.Array, moved: jax.Array) -> jax.Array:
+        t = t.astype(jnp.float32)
+        columns = [
+            jnp.ones_like(t) if bounds is None else phda_weight(t - moved[..., i], *bounds)
+            for i, bounds in enumerate(self._bounds)
+        ]
+        return jnp.stack(columns, axis=-1)

@@ -1,0 +1,100 @@
+"""Pictures in: any common file becomes uint8 [H, W, 3] in RGB, upright, or one clear line saying why not."""
+
+import contextlib
+import struct
+import warnings
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from emv3_jax.errors import UserError
+from emv3_jax.media.files import PathLike, check_readable
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+MIN_SIDE = 16
+MAX_PIXELS = 100_000_000
+
+# What Pillow raises for damaged files, besides OSError.
+_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error, zlib.error)
+
+
+def load_image(path: PathLike) -> tuple[np.ndarray, list[str]]:
+    """Reads a picture: uint8 [H, W, 3], and notes that say what was done to it besides decoding.
+
+    EXIF orientation is applied, transparent parts are laid over white, 16-bit, grey, palette and CMYK pictures become
+    8-bit RGB, and of an animation the first frame is taken. Raises UserError for anything that is not a picture of at
+    least 16x16 and at most 100 million pixels; the size is read from the header, before any pixel is decoded.
+    """
+    path = check_readable(path, "image")
+    notes: list[str] = []
+    with _opened(path) as image:
+        width, height = image.size
+        if width * height > MAX_PIXELS:
+            raise UserError(f"image {path} is {width}x{height}, over {MAX_PIXELS // 10**6} megapixels: scale it down")
+        if min(width, height) < MIN_SIDE:
+            raise UserError(f"image {path} is {width}x{height}: both sides must be at least {MIN_SIDE} pixels")
+        try:
+            frames = getattr(image, "n_frames", 1)
+            if frames > 1 and image.format != "MPO":  # MPO is a JPEG with previews of itself
+                notes.append(f"image {path} has {frames} frames: the first is used")
+            image.load()
+            rgb, transparent = _to_rgb(ImageOps.exif_transpose(image))
+        except _DAMAGE:
+            raise UserError(f"image {path} is damaged or cut off: save or download it again") from None
+    if transparent:
+        notes.append(f"image {path} has transparent parts: they are laid over white")
+    return np.asarray(rgb), notes
+
+
+def fit_image(image: np.ndarray, height: int, width: int) -> tuple[np.ndarray, str | None]:
+    """Scales and centre-crops uint8 [H, W, 3] to [height, width, 3] with a Lanczos filter.
+
+    The picture keeps its proportions: it is scaled to cover the target, and what sticks out is cut equally from both
+    ends. Returns the picture and a sentence on what was done, or None if it already had the size.
+    """
+    source_height, source_width = image.shape[:2]
+    if (source_height, source_width) == (height, width):
+        return image, None
+    scale = max(height / source_height, width / source_width)
+    left, top = (source_width - width / scale) / 2, (source_height - height / scale) / 2
+    box = (left, top, source_width - left, source_height - top)
+    fitted = Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS, box=box)
+    lost = {"width": round(200 * left / source_width), "height": round(200 * top / source_height)}
+    cuts = [f"{percent}% of its {side} is cut off" for side, percent in lost.items() if percent]
+    note = f"image {source_width}x{source_height} is {'enlarged' if scale > 1 else 'scaled'} to {width}x{height}"
+    return np.asarray(fitted), "; ".join([note, *cuts])
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """The picture with its header read. Pillow's own size warnings are silenced: our limit is checked instead."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = Image.open(path, formats=FORMATS)
+    except Image.DecompressionBombError:
+        raise UserError(f"image {path} is over {MAX_PIXELS // 10**6} megapixels: scale it down") from None
+    except _DAMAGE:
+        raise UserError(f"image {path} cannot be read as a picture: give a PNG, JPEG or WebP file") from None
+    with image:
+        yield image
+
+
+def _to_rgb(image: Image.Image) -> tuple[Image.Image, bool]:
+    """8-bit RGB, and whether anything was transparent."""
+    if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip at 255 instead of scaling
+        values = np.asarray(image).astype(np.float32)
+        full_scale = 65535.0 if values.max(initial=0) > 255 or image.mode != "I" else 255.0
+        image = Image.fromarray(np.clip(values * (255.0 / full_scale) + 0.5, 0, 255).astype(np.uint8))
+    elif image.mode == "F":
+        values = np.nan_to_num(np.asarray(image))
+        image = Image.fromarray((np.clip(values / max(values.max(initial=0), 1.0), 0, 1) * 255 + 0.5).astype(np.uint8))
+    if not image.has_transparency_data:
+        return image.convert("RGB"), False
+    rgba = image.convert("RGBA")
+    if np.asarray(rgba.getchannel("A")).min() == 255:
+        return rgba.convert("RGB"), False
+    return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB"), True

@@ -1,0 +1,192 @@
+"""Video files: H.264 with AAC sound written frame by frame, and any video read back."""
+
+import contextlib
+from collections.abc import Iterator
+from fractions import Fraction
+from types import TracebackType
+
+import av
+import numpy as np
+from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
+from PIL import Image
+
+from emv3_jax.errors import UserError
+from emv3_jax.media.audio import decode_sound, open_media, resample
+from emv3_jax.media.files import PathLike, atomic_path, check_readable
+
+# Rates that AAC knows; sound at any other is converted to the last of them.
+AAC_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)
+
+
+class VideoWriter:
+    """Writes an mp4 that every browser plays: H.264 (yuv420p, BT.709, even sides, index in front) and AAC.
+
+        with VideoWriter("out/talk.mp4", height=64, width=64, wave=wave, scale=4) as writer:
+            for chunk in chunks:  # uint8 [F, H, W, 3] or one frame [H, W, 3]
+                writer.write(chunk)
+
+    Frames are encoded as they come, so memory does not grow with length. The file appears under its name when the
+    block ends; if the block raises, nothing is left behind. Sound is cut or padded with silence to the frames' length.
+    """
+
+    def __init__(
+        self,
+        path: PathLike,
+        height: int,
+        width: int,
+        *,
+        fps: float = 25,
+        wave: np.ndarray | None = None,
+        rate: int = 16000,
+        scale: float = 1,
+        crf: int = 16,
+    ) -> None:
+        """Describes the file; it is opened by `with`.
+
+        height, width: of the frames that will be written. wave: float [n] in [-1, 1] at `rate` Hz, or None for a
+        silent file. scale: enlarges the picture smoothly (Lanczos), for frames too small to look at. crf: 0 is
+        lossless, 51 is worst.
+        """
+        self.path = path
+        self.height, self.width = height, width
+        self.fps = Fraction(fps).limit_denominator(1001)
+        self.count = 0  # frames written so far
+        # H.264 in yuv420p has even sides only. An enlarged picture is resized to them, another is padded by its edge.
+        self._resized = (_even(width * scale), _even(height * scale)) if scale != 1 else None
+        self._wave = wave
+        self._rate = rate
+        self._crf = crf
+
+    def __enter__(self) -> "VideoWriter":
+        self._session = self._open()
+        self._session.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool | None:
+        return self._session.__exit__(kind, error, trace)
+
+    def write(self, frames: np.ndarray) -> None:
+        """Encodes uint8 frames [F, H, W, 3] or [H, W, 3], and the sound that belongs to them."""
+        frames = frames[None] if frames.ndim == 3 else frames
+        if frames.dtype != np.uint8 or frames.shape[1:] != (self.height, self.width, 3):
+            raise ValueError(
+                f"frames must be uint8 [F, {self.height}, {self.width}, 3], not {frames.dtype} {frames.shape}"
+            )
+        for frame in frames:
+            self._write_frame(frame)
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[None]:
+        with (
+            atomic_path(self.path) as temporary,
+            av.open(str(temporary), "w", format="mp4", options={"movflags": "+faststart"}) as container,
+        ):
+            self._container = container
+            self._picture = self._add_picture()
+            self._sound = self._add_sound(self._wave) if self._wave is not None else None
+            yield
+            if self.count == 0:
+                raise ValueError("no frame was written")
+            self._container.mux(self._picture.encode(None))
+            if self._sound is not None:
+                self._container.mux(self._sound.encode(None))
+
+    def _add_picture(self) -> av.VideoStream:
+        options = {"crf": str(self._crf), "preset": "medium"}
+        stream = self._container.add_stream("libx264", rate=self.fps, options=options)
+        width, height = self._resized or (_even(self.width), _even(self.height))
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream.codec_context.gop_size = round(2 * self.fps)  # a key frame every two seconds, to jump about quickly
+        stream.codec_context.color_range = ColorRange.MPEG
+        stream.codec_context.colorspace = Colorspace.ITU709
+        stream.codec_context.color_primaries = ColorPrimaries.BT709
+        stream.codec_context.color_trc = ColorTrc.BT709
+        return stream
+
+    def _add_sound(self, wave: np.ndarray) -> av.AudioStream:
+        if self._rate not in AAC_RATES:
+            self._wave, self._rate = resample(wave, self._rate, AAC_RATES[-1]), AAC_RATES[-1]
+        stream = self._container.add_stream("aac", rate=self._rate, layout="mono")
+        stream.codec_context.bit_rate = 128_000 if self._rate > 24000 else 64_000
+        return stream
+
+    def _write_frame(self, frame: np.ndarray) -> None:
+        if self._resized:
+            frame = np.asarray(Image.fromarray(frame).resize(self._resized, Image.Resampling.LANCZOS))
+        elif self.height % 2 or self.width % 2:
+            frame = np.pad(frame, ((0, self.height % 2), (0, self.width % 2), (0, 0)), mode="edge")
+        picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24").reformat(
+            format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
+        )
+        picture.pts, picture.time_base = self.count, 1 / self.fps
+        self._container.mux(self._picture.encode(picture))
+        if self._sound is not None and self._wave is not None:
+            self._write_sound(self._sound, self._wave)
+        self.count += 1
+
+    def _write_sound(self, stream: av.AudioStream, wave: np.ndarray) -> None:
+        """Encodes the stretch of the wave that belongs to the current frame; silence where it has ended."""
+        start, end = (round(n * self._rate / self.fps) for n in (self.count, self.count + 1))
+        samples = np.zeros((1, end - start), np.float32)
+        piece = np.clip(wave[start:end], -1.0, 1.0)
+        samples[0, : len(piece)] = piece
+        block = av.AudioFrame.from_ndarray(samples, format="fltp", layout="mono")
+        block.sample_rate, block.pts, block.time_base = self._rate, start, Fraction(1, self._rate)
+        self._container.mux(stream.encode(block))
+
+
+def read_video(
+    path: PathLike, rate: int = 16000, max_seconds: float | None = None
+) -> tuple[np.ndarray, float, np.ndarray | None]:
+    """Reads a video: frames uint8 [F, H, W, 3] upright, frames a second, and sound float32 [n] mono at `rate` or None.
+
+    The sound starts with the first frame and ends no later than the last. max_seconds: reads no more than that.
+    Raises UserError for a file that is not a video or is damaged.
+    """
+    path = check_readable(path, "video")
+    try:
+        with open_media(path) as container:
+            frames, fps, start = _decode_pictures(container, max_seconds)
+        with open_media(path) as container:
+            # A second more than the picture lasts: the two tracks need not start together.
+            sound = decode_sound(container, len(frames) / fps + 1)
+    except av.FFmpegError:
+        raise UserError(f"video {path} is not a video or is damaged: give an MP4, WebM or MOV file") from None
+    if not frames:
+        raise UserError(f"video {path} holds no pictures")
+    if sound is None:
+        return np.stack(frames), fps, None
+    wave = resample(sound.samples.mean(axis=1), sound.rate, rate)
+    lead = round((sound.start - start) * rate)  # samples by which the sound starts after the picture
+    wave = np.pad(wave, (lead, 0)) if lead > 0 else wave[-lead:]
+    return np.stack(frames), fps, wave[: round(len(frames) / fps * rate)]
+
+
+def _decode_pictures(
+    container: av.container.InputContainer, max_seconds: float | None
+) -> tuple[list[np.ndarray], float, float]:
+    """Upright RGB frames, frames a second, and the time of the first frame in seconds."""
+    stream = next((s for s in container.streams.video if s.codec_context is not None), None)
+    if stream is None:
+        return [], 1.0, 0.0
+    fps = float(stream.average_rate or stream.guessed_rate or 25)
+    frames: list[np.ndarray] = []
+    start = 0.0
+    for frame in container.decode(stream):
+        if max_seconds is not None and len(frames) >= round(max_seconds * fps):
+            break
+        start = start if frames else frame.time or 0.0
+        frames.append(_upright(frame))
+    return frames, fps, start
+
+
+def _upright(frame: av.VideoFrame) -> np.ndarray:
+    """RGB as a player shows it: phones store the turn beside the picture."""
+    return np.rot90(frame.to_ndarray(format="rgb24"), k=frame.rotation // 90 % 4)
+
+
+def _even(side: float) -> int:
+    """The nearest even number, upwards for odd ones: no line of the picture is lost."""
+    return max(2, 2 * int(np.ceil(side / 2 - 1e-6)))

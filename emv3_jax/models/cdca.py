@@ -1,0 +1,106 @@
+"""Coupled-decoupled cross-attention (paper eq. 1): one query, and keys and values of their own for each modality.
+
+out = Wo( text(q) + image(q) + audio(q) ), q = RMS(Wq x). Keys and values do not depend on the noisy latents, so
+they are computed once per clip (`CrossKV`) and reused by every sampling step (`CDCA`).
+
+Axes: B batch, L tokens, S context tokens, T latent frames, N heads, K head width, D width.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax import struct
+
+from emv3_jax.attention import attention
+from emv3_jax.config import DiTConfig
+from emv3_jax.layers import RMSNorm
+
+
+@struct.dataclass
+class KV:
+    """Keys and values [..., S, N, K] of one modality, in the matmul dtype; a leading layer axis where stacked."""
+
+    key: jax.Array
+    value: jax.Array
+
+
+@struct.dataclass
+class ModalityKV:
+    """Text [B, S, N, K], image [B, S, N, K], audio [B, T, S, N, K] (one segment per latent frame)."""
+
+    text: KV
+    image: KV
+    audio: KV
+
+
+@struct.dataclass
+class Branches:
+    """How much each branch counts: text and image [B, 1, 1, 1], audio [B, L, 1, 1]; float32."""
+
+    text: jax.Array
+    image: jax.Array
+    audio: jax.Array
+
+
+class KeysValues(nn.Module):
+    """RMS-normed keys and plain values of one modality: states [B, S, D] -> KV [B, S, N, K]."""
+
+    cfg: DiTConfig
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, states: jax.Array) -> KV:
+        cfg = self.cfg
+        key = nn.Dense(cfg.width, use_bias=self.use_bias, dtype=cfg.dtype, name="key")(states)
+        key = RMSNorm(epsilon=1e-6, name="key_norm")(key).astype(cfg.dtype)
+        value = nn.Dense(cfg.width, use_bias=self.use_bias, dtype=cfg.dtype, name="value")(states)
+        heads = (*states.shape[:-1], cfg.heads, cfg.head_width)
+        return KV(key.reshape(heads), value.reshape(heads))
+
+
+class CrossKV(nn.Module):
+    """Keys and values of one layer from the embedded text, image and audio, each [B, S, D]."""
+
+    cfg: DiTConfig
+
+    @nn.compact
+    def __call__(
+        self, carry: None, text: jax.Array, image: jax.Array, audio: jax.Array, segments: np.ndarray
+    ) -> tuple[None, ModalityKV]:
+        """`segments` [T, S] indexes audio tokens, one past the last being a zero vector. `carry` is for nn.scan."""
+        audio_kv = KeysValues(self.cfg, use_bias=False, name="audio")(audio)
+        # mode="fill" turns the index past the end into zeros.
+        audio_kv = jax.tree.map(lambda x: jnp.take(x, segments, axis=1, mode="fill", fill_value=0), audio_kv)
+        return carry, ModalityKV(
+            text=KeysValues(self.cfg, name="text")(text),
+            image=KeysValues(self.cfg, name="image")(image),
+            audio=audio_kv,
+        )
+
+
+class CDCA(nn.Module):
+    """Cross-attention of one layer: x [B, L, D], keys and values, branch weights -> [B, L, D]."""
+
+    cfg: DiTConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, kv: ModalityKV, branches: Branches) -> jax.Array:
+        cfg = self.cfg
+        batch, tokens, _ = x.shape
+        q = nn.Dense(cfg.width, dtype=cfg.dtype, name="query")(x)
+        q = RMSNorm(epsilon=1e-6, name="query_norm")(q).astype(cfg.dtype)
+        q = q.reshape(batch, tokens, cfg.heads, cfg.head_width)
+        out = branches.text * attention(q, kv.text.key, kv.text.value)
+        out = out + branches.image * attention(q, kv.image.key, kv.image.value)
+        out = out + branches.audio * _attention_by_frame(q, kv.audio)
+        out = out.reshape(batch, tokens, cfg.width)
+        return nn.Dense(cfg.width, dtype=cfg.dtype, name="out")(out)
+
+
+def _attention_by_frame(q: jax.Array, kv: KV) -> jax.Array:
+    """Tokens of latent frame i attend to segment i alone: q [B, T·P, N, K], kv [B, T, S, N, K] -> like q."""
+    batch, frames = kv.key.shape[:2]
+    flat = q.reshape(batch * frames, -1, *q.shape[2:])
+    key, value = (x.reshape(batch * frames, *x.shape[2:]) for x in (kv.key, kv.value))
+    return attention(flat, key, value).reshape(q.shape)

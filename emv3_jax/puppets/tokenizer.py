@@ -1,0 +1,80 @@
+"""Words to numbers for the puppet world, where the whole language is a short list of words.
+
+A prompt is lower-cased and cut into words; punctuation is split off and, unless the vocabulary holds it, dropped.
+"""
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from emv3_jax.errors import UserError
+
+PADDING, END, UNKNOWN = 0, 1, 2
+FIRST_WORD = 3
+
+_TOKEN = re.compile(r"[^\W_]+(?:'[^\W_]+)*|[^\w\s]|_")  # a word (don't is one), or one mark of punctuation
+_QUOTES = str.maketrans({"\u2019": "'", "\u2018": "'"})
+
+
+def split_words(text: str) -> list[str]:
+    """Lower-case words and single punctuation marks of `text`, in order."""
+    return _TOKEN.findall(text.lower().translate(_QUOTES))
+
+
+class WordTokenizer:
+    """Fixed vocabulary, fixed length. Ids: 0 padding, 1 end of text, 2 unknown word, then the words in the order given.
+
+    words: distinct, lower-case, each one token of `split_words` (no spaces, no hyphens).
+    length: tokens per prompt, the end mark included.
+    """
+
+    def __init__(self, words: Sequence[str], length: int):
+        bad = [word for word in words if split_words(word) != [word]]
+        if bad:
+            raise ValueError(f"not single lower-case words: {', '.join(map(repr, bad))}")
+        if len(set(words)) != len(words):
+            raise ValueError(f"words repeat: {', '.join(sorted({w for w in words if list(words).count(w) > 1}))}")
+        if length < 1:
+            raise ValueError(f"length must be at least 1, for the end mark; got {length}")
+        self.words = tuple(words)
+        self.length = length
+        self._ids = {word: FIRST_WORD + i for i, word in enumerate(self.words)}
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, the three special ones included: the `vocab` a text encoder needs."""
+        return FIRST_WORD + len(self.words)
+
+    def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Ids [B, length] int32 and mask [B, length] float32, 1 at words and at the end mark, 0 at padding.
+
+        An empty text is the end mark alone. Raises UserError for a text with more than `length - 1` words.
+        """
+        if isinstance(texts, str):
+            raise TypeError("texts must be a sequence of strings, not one string")
+        ids = np.full((len(texts), self.length), PADDING, np.int32)
+        mask = np.zeros((len(texts), self.length), np.float32)
+        for row, text in enumerate(texts):
+            tokens = [self._ids.get(token, UNKNOWN) for token in self._tokens(text)] + [END]
+            if len(tokens) > self.length:
+                raise UserError(
+                    f"the prompt {_shorten(text)!r} has {len(tokens) - 1} words and the model reads "
+                    f"{self.length - 1}: shorten it"
+                )
+            ids[row, : len(tokens)] = tokens
+            mask[row, : len(tokens)] = 1.0
+        return ids, mask
+
+    def unknown(self, text: str) -> list[str]:
+        """Words of `text` that the vocabulary lacks, each once, in order of appearance."""
+        return list(dict.fromkeys(token for token in self._tokens(text) if token not in self._ids))
+
+    def _tokens(self, text: str) -> list[str]:
+        """Words, and those punctuation marks that the vocabulary holds."""
+        return [token for token in split_words(text) if token in self._ids or token[0].isalnum()]
+
+
+def _shorten(text: str, width: int = 60) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= width else line[: width - 3] + "..."

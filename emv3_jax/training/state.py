@@ -1,0 +1,76 @@
+"""What training carries from step to step, and the one update that changes it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+Params = Any
+LossFn = Callable[[Params, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+
+
+@struct.dataclass
+class TrainState:
+    """Float32 master weights, optimizer state, moving average of the weights, and the number of steps taken."""
+
+    step: jax.Array
+    params: Params
+    opt_state: Any
+    ema: Params
+
+
+def make_optimizer(cfg) -> optax.GradientTransformation:
+    """AdamW with clipped gradients, linear warm-up and cosine decay.
+
+    Args:
+      cfg: learning_rate, warmup_steps, steps, final_lr_share, weight_decay, clip_norm, beta2; optionally `frozen`:
+        names of top-level parameter groups that keep their values.
+    """
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, cfg.learning_rate, cfg.warmup_steps, cfg.steps, cfg.learning_rate * cfg.final_lr_share
+    )
+    decayed = lambda params: jax.tree.map(lambda p: p.ndim > 1, params)  # noqa: E731
+    adamw = optax.chain(
+        optax.clip_by_global_norm(cfg.clip_norm),
+        optax.adamw(schedule, b2=cfg.beta2, weight_decay=cfg.weight_decay, mask=decayed),
+    )
+    frozen = tuple(cfg.get("frozen", ()))
+    if not frozen:
+        return adamw
+    label = lambda params: {k: "frozen" if k in frozen else "trained" for k in params}  # noqa: E731
+    return optax.multi_transform({"trained": adamw, "frozen": optax.set_to_zero()}, label)
+
+
+def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+    """Step 0."""
+    params = jax.tree.map(lambda p: jnp.asarray(p, jnp.float32), params)
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), jax.tree.map(jnp.copy, params))
+
+
+def make_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, ema_decay: float, seed: int):
+    """The compiled update (state, batch) -> (state, metrics); the old state's memory is reused.
+
+    The step's random key is fold_in(seed, step), so a resumed run draws what an uninterrupted one would have drawn.
+    The moving average starts fast: its decay is min(ema_decay, (1 + step) / (10 + step)). A step whose loss or
+    gradient is not finite changes nothing but the step number; its metrics say `finite` = 0.
+    """
+
+    def update(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch, key)
+        norm = optax.global_norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
+        ema = jax.tree.map(lambda old, new: decay * old + (1.0 - decay) * new, state.ema, params)
+        keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)  # noqa: E731
+        state = TrainState(
+            state.step + 1, keep(params, state.params), keep(opt_state, state.opt_state), keep(ema, state.ema)
+        )
+        return state, {"loss": loss, "grad_norm": norm, "finite": finite.astype(jnp.float32), **metrics}
+
+    return jax.jit(update, donate_argnums=0)
