@@ -27,16 +27,16 @@ from emv3_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """What the command line needs to know of a model: its table, its released config, its tree for a config."""
+    """What the command line needs to know of a model: its released config, its table and tree for any config."""
 
-    table: Table
     cfg: Any
+    table: Callable[[Any], Table]
     target_tree: Callable[[Any], dict]
 
 
 MODELS = {
-    "dit-preview": Model(dit.PREVIEW, DiTConfig(), dit.target_tree),
-    "vae": Model(vae.TABLE, VAEConfig(), vae.target_tree),
+    "dit-preview": Model(DiTConfig(), lambda cfg: dit.PREVIEW, dit.target_tree),
+    "vae": Model(VAEConfig(), vae.table, vae.target_tree),
 }
 
 
@@ -54,16 +54,17 @@ def configured(cfg: Any, settings: Iterable[str]) -> Any:
 def convert(args: argparse.Namespace) -> None:
     """to-jax and to-torch."""
     model = MODELS[args.model]
-    tree = model.target_tree(configured(model.cfg, args.set))
+    cfg = configured(model.cfg, args.set)
+    table, tree = model.table(cfg), model.target_tree(cfg)
     if args.source.resolve() == args.output.resolve():
         raise UserError(f"{args.output}: input and output are the same file; give another output")
     tensors = read_safetensors(args.source)
     if args.command == "to-jax":
-        params = to_jax(model.table, tensors, tree, str(args.source))
+        params = to_jax(table, tensors, tree, str(args.source))
         tensors = traverse_util.flatten_dict(params, sep="/")
     else:
         params = traverse_util.unflatten_dict(tensors, sep="/")
-        tensors = to_torch(model.table, params, tree, str(args.source))
+        tensors = to_torch(table, params, tree, str(args.source))
     write_safetensors(args.output, tensors)
     print(f"{args.output}: {len(tensors)} tensors, {sum(x.size for x in tensors.values()):,} values")
 
@@ -85,7 +86,8 @@ def inspect(args: argparse.Namespace) -> None:
         print(f"{key}  {dtype}  {shape}")
     print(f"{len(rows)} tensors")
     for name, model in MODELS.items():
-        known = [*(rule.pattern for rule in model.table.rules), *(rule.pattern for rule in model.table.ignored)]
+        table = model.table(model.cfg)
+        known = [*(rule.pattern for rule in table.rules), *(ignore.pattern for ignore in table.ignored)]
         count = sum(any(re.fullmatch(pattern, key) for pattern in known) for key, _, _ in rows)
         if count:
             print(f"{count} of them are keys of {name}")

@@ -143,10 +143,12 @@ class _Compiled:
         self.transform = TRANSFORMS[rule.transform]
         groups = [(m["name"] or str(i + 1), m["body"]) for i, m in enumerate(self._GROUP.finditer(rule.pattern))]
         self._names = [name for name, _ in groups]
-        literals = [part.replace(r"\.", ".") for part in self._GROUP.sub("\0", rule.pattern).split("\0")]
-        if len(groups) != self.source.groups or any(re.search(r"[\\()\[\]*+?|^$]", part) for part in literals):
+        literals = self._GROUP.sub("\0", rule.pattern).split("\0")
+        if len(groups) != self.source.groups or any(
+            re.search(r"[.\\()\[\]{}*+?|^$]", s.replace(r"\.", "")) for s in literals
+        ):
             raise ValueError(f"pattern {rule.pattern!r} is more than literals and plain groups, so it has no inverse")
-        self._literals = literals
+        self._literals = [part.replace(r"\.", ".") for part in literals]
         bodies = {name: body for name, body in groups}
         holes = re.findall(r"{(\w+)}", rule.target)
         numbered = {str(i + 1): name for i, name in enumerate(self._names)}

@@ -104,6 +104,9 @@ class Preset:
     dit: DiTConfig
     text: UMT5Config
     image: CLIPConfig
+    height: int  # of the pictures it was trained on
+    width: int
+    max_frames: int  # longest clip in one piece
 
 
 DEMO = Preset(
@@ -111,9 +114,12 @@ DEMO = Preset(
     vae=VAEConfig(width=16, res_blocks=1, latent_mean=(0.0,) * 16, latent_std=(1.0,) * 16),
     dit=DiTConfig(
         width=192, heads=6, layers=6, ffn=512, time_features=64, text_width=64, text_len=24, image_width=64,
-        image_tokens=17, audio_width=64,
+        image_tokens=17, audio_width=80,
     ),
     text=UMT5Config(vocab=47, width=64, attention_width=64, heads=4, layers=2, ffn=128),
     image=CLIPConfig(image_size=64, patch=16, width=64, heads=4, layers=3, mlp_ratio=2),
+    height=64,
+    width=64,
+    max_frames=125,
 )  # fmt: skip
 PRESETS = {preset.name: preset for preset in (DEMO,)}

@@ -142,7 +142,13 @@ def test_backwards_is_as_strict():
 
 @pytest.mark.parametrize(
     "rule",
-    [Rule(r"a\.b*", "a/b"), Rule(r"a\.(b(c))", "a/{1}/{2}"), Rule(r"a\.(b)", "a/b"), Rule(r"a", "a", "unknown")],
+    [
+        Rule(r"a\.b*", "a/b"),
+        Rule(r"a.b", "a/b"),
+        Rule(r"a\.(b(c))", "a/{1}/{2}"),
+        Rule(r"a\.(b)", "a/b"),
+        Rule(r"a", "a", "unknown"),
+    ],
 )
 def test_rules_without_an_inverse_are_refused_when_the_table_is_built(rule):
     with pytest.raises(ValueError):

@@ -91,4 +91,3 @@ def _temporary(path: Path) -> Path:
 
 def _blocking_file(path: Path) -> Path:
     return next((parent for parent in path.parents if parent.exists() and not parent.is_dir()), path.parent)
-

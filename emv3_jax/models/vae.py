@@ -34,8 +34,8 @@ def conv_2d(x: jax.Array, kernel: jax.Array) -> jax.Array:
 def causal_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """x [B, 2 + F, H, W, C], kernel [3, 3, 3, C, D] or [3, 1, 1, C, D] -> [B, F, H, W, D]; height and width are kept.
 
-    The three taps in time stand side by side as channels of one 2-D convolution over all frames: on CPU, with gradients,
-    5 times as fast as a 3-D convolution at 16 channels, and no slower than a sum of three 2-D ones at any width tried.
+    The three taps in time stand side by side as channels of one 2-D convolution over all frames. On CPU, gradients
+    included, that is 4.6 times as fast as a 3-D convolution at 16 channels and twice as fast at 64.
     """
     frames = x.shape[1] - LOOK_BACK
     taps = jnp.concatenate([x[:, i : i + frames] for i in range(3)], axis=-1)
@@ -264,11 +264,11 @@ class WanVAE(nn.Module):
         return mean, logvar
 
     def decode(self, latents: jax.Array, clamp: bool = True) -> jax.Array:
-        """Normalised latents -> video in [-1, 1]; clamp=False leaves the range open, so that a loss keeps its gradient."""
+        """Normalised latents -> video in [-1, 1]; clamp=False leaves the range open, which keeps a loss's gradient."""
         return self.decode_chunk(latents, clamp=clamp)[0]
 
     def encode_chunk(self, video: jax.Array, cache: Cache | None = None) -> tuple[jax.Array, jax.Array, Cache]:
-        """The clip's next frames -> (mean, logvar, next cache). No cache: the clip's first 4k+1 frames; else 4k more."""
+        """The next frames -> (mean, logvar, next cache). No cache: the clip's first 4k+1 frames; else 4k more."""
         check_video_shape(self.cfg, video.shape, starts=cache is None)
         features, cache = self.encoder(video, cache)
         mean, logvar = jnp.split(self.to_moments(features), 2, axis=-1)
@@ -300,7 +300,7 @@ def check_video_shape(cfg: VAEConfig, shape: Sequence[int], starts: bool = True)
     if len(shape) != 5 or shape[-1] != 3:
         raise UserError(f"video must have shape [batch, frames, height, width, 3], got {tuple(shape)}")
     _, frames, height, width, _ = shape
-    if frames < 1 or frames % time != int(starts):
+    if frames < 1 or frames % time != int(starts) % time:
         wanted = f"{time}k+1 (1, {time + 1}, {2 * time + 1}, ...)" if starts else f"a multiple of {time}"
         raise UserError(f"number of video frames must be {wanted}, got {frames}: cut or extend the video")
     if height % space or width % space:
@@ -339,15 +339,13 @@ def decode_next(model: WanVAE, params: Params, latent: jax.Array, cache: Cache) 
 def encode_chunked(model: WanVAE, params: Params, video: jax.Array) -> tuple[jax.Array, jax.Array]:
     """`WanVAE.encode` in constant working memory: frame 0, then a scan over groups of four frames."""
     check_video_shape(model.cfg, video.shape)
-    group = model.cfg.temporal_factor
 
-    def body(cache: Cache, start: jax.Array) -> tuple[Cache, tuple[jax.Array, jax.Array]]:
-        frames = jax.lax.dynamic_slice_in_dim(video, start, group, axis=1)
+    def body(cache: Cache, frames: jax.Array) -> tuple[Cache, tuple[jax.Array, jax.Array]]:
         mean, logvar, cache = encode_next(model, params, frames, cache)
         return cache, (mean, logvar)
 
     mean, logvar, cache = encode_first(model, params, video[:, :1])
-    _, (means, logvars) = jax.lax.scan(body, cache, jnp.arange(1, video.shape[1], group))
+    _, (means, logvars) = jax.lax.scan(body, cache, _split_chunks(video[:, 1:], model.cfg.temporal_factor))
     return _join_chunks(mean, means), _join_chunks(logvar, logvars)
 
 
@@ -355,20 +353,25 @@ def decode_chunked(model: WanVAE, params: Params, latents: jax.Array) -> jax.Arr
     """`WanVAE.decode` in constant working memory: a scan over latent frames."""
     check_latents_shape(model.cfg, latents.shape)
 
-    def body(cache: Cache, index: jax.Array) -> tuple[Cache, jax.Array]:
-        latent = jax.lax.dynamic_slice_in_dim(latents, index, 1, axis=1)
+    def body(cache: Cache, latent: jax.Array) -> tuple[Cache, jax.Array]:
         frames, cache = decode_next(model, params, latent, cache)
         return cache, frames
 
     frame, cache = decode_first(model, params, latents[:, :1])
-    _, frames = jax.lax.scan(body, cache, jnp.arange(1, latents.shape[1]))
+    _, frames = jax.lax.scan(body, cache, _split_chunks(latents[:, 1:], 1))
     return _join_chunks(frame, frames)
 
 
+def _split_chunks(x: jax.Array, size: int) -> jax.Array:
+    """[B, n·size, ...] -> [n, B, size, ...], for a scan; n may be 0."""
+    n = x.shape[1] // size
+    return jnp.moveaxis(x.reshape((x.shape[0], n, size, *x.shape[2:])), 1, 0)
+
+
 def _join_chunks(first: jax.Array, rest: jax.Array) -> jax.Array:
-    """first [B, 1, ...] and the stacked outputs of a scan [n, B, f, ...] -> [B, 1 + n·f, ...]."""
-    rest = jnp.moveaxis(rest, 0, 1)
-    return jnp.concatenate([first, rest.reshape(rest.shape[0], -1, *rest.shape[3:])], axis=1)
+    """first [B, f0, ...] and the stacked outputs of a scan [n, B, f, ...] -> [B, f0 + n·f, ...]."""
+    n, b, f, *other = rest.shape
+    return jnp.concatenate([first, jnp.moveaxis(rest, 0, 1).reshape((b, n * f, *other))], axis=1)
 
 
 # The model is static (its config is its identity), and the old cache makes room for the new one.
@@ -392,8 +395,9 @@ def decode_stream(model: WanVAE, params: Params, latents: jax.Array) -> Iterator
 def fold_latent_stats(params: Params, mean: jax.Array, std: jax.Array) -> Params:
     """Move the raw latents to mean 0 and deviation 1 without changing what decode(encode(video)) gives.
 
-    `mean` and `std` [C] are those of the raw latents now. They go into the two pointwise layers beside the latents, so the
-    result belongs to a config with latent_mean 0 and latent_std 1. The logvar follows: it becomes that of the new latents.
+    `mean` and `std` [C] are those of the raw latents now. They go into the two pointwise layers beside the latents, and
+    the result belongs to a config with latent_mean 0 and latent_std 1. The logvar becomes that of the new latents.
+    Raises UserError where they are not C numbers each, or a deviation is not positive.
     """
     mean, std = jnp.asarray(mean, jnp.float32), jnp.asarray(std, jnp.float32)
     channels = params["from_latents"]["bias"].shape[0]

@@ -33,3 +33,14 @@ def reconstruction(video: jax.Array, decoded: jax.Array, weight: jax.Array) -> d
         "l2": jnp.mean(weight * jnp.square(error)),
         "mse": jnp.mean(jnp.square(error)),
     }
+
+
+def flow_matching(velocity: jax.Array, x0: jax.Array, noise: jax.Array, motion_gain: float) -> jax.Array:
+    """Mean squared error of the velocity; latents that change in time count up to 1 + motion_gain times.
+
+    Args:
+      velocity, x0, noise: [B, T, h, w, C]; the target is noise - x0 (SPEC section 4).
+    """
+    change = jnp.mean(jnp.abs(x0 - jnp.mean(x0, axis=1, keepdims=True)), axis=-1, keepdims=True)
+    weight = 1.0 + motion_gain * jnp.clip(change, 0.0, 1.0)
+    return jnp.mean(weight * jnp.square(velocity.astype(jnp.float32) - (noise - x0)))

@@ -4,9 +4,10 @@ from typing import Any
 
 from emv3_jax.config import PRESETS
 from emv3_jax.errors import UserError
+from emv3_jax.training.dit_recipe import DiTRecipe
 from emv3_jax.training.vae_recipe import VAERecipe
 
-RECIPES = {"vae": VAERecipe}
+RECIPES = {"vae": VAERecipe, "dit": DiTRecipe}
 
 
 def build(cfg: Any) -> Any:

@@ -1,0 +1,49 @@
+"""The demo's DiT with its text and image encoders, from nothing, on puppets; needs the VAE of configs/demo_vae.py.
+
+python train.py --config configs/demo_dit.py --workdir runs/demo_dit
+"""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+    return ml_collections.ConfigDict(
+        {
+            "recipe": "dit",
+            "preset": "demo",
+            "init_from": "",
+            "seed": 0,
+            # data: latents of puppets, extracted once
+            "vae_weights": "runs/demo_vae/weights.safetensors",
+            "latents": "runs/latents",
+            "stages": (  # up to step, frames of a clip, clips in the set, clips in a batch
+                (3000, 81, 1536, 16),
+                (3600, 125, 384, 10),
+            ),
+            # loss
+            "drop_text": 0.1,
+            "drop_audio": 0.12,
+            "shift": 2.0,
+            "timesteps": "uniform",
+            "motion_gain": 2.0,
+            # optimizer
+            "steps": 3600,
+            "learning_rate": 1.5e-3,
+            "warmup_steps": 100,
+            "final_lr_share": 0.03,
+            "weight_decay": 0.01,
+            "clip_norm": 1.0,
+            "beta2": 0.99,
+            "ema_decay": 0.998,
+            # held-out clips
+            "eval_clips": 8,
+            "eval_frames": 81,
+            "sampling": {"steps": 10, "shift": 3.0, "text_scale": 2.0, "audio_scale": 2.0},
+            # run
+            "minutes": 0.0,
+            "bad_steps": 3,
+            "log_every": 20,
+            "eval_every": 500,
+            "checkpoint_every": 250,
+        }
+    )

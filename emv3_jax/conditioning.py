@@ -1,0 +1,87 @@
+"""From what a user gives to what the velocity is conditioned on: request -> Conditions (SPEC section 3).
+
+`prepare` is the host's part (pixels, masks, audio features, token ids: plain arrays, batched); `encode` is the models'
+part (umT5, CLIP; pure JAX, so that training can differentiate through it). The VAE's part, latents of the masked video,
+lies between the two, because training computes it beforehand and sampling computes it chunk by chunk.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from emv3_jax.config import Preset
+from emv3_jax.models import clip as clip_model
+from emv3_jax.models.clip import CLIPVision
+from emv3_jax.models.dit import Conditions
+from emv3_jax.models.log_mel import log_mel_features
+from emv3_jax.models.umt5 import UMT5Encoder
+from emv3_jax.puppets import law
+from emv3_jax.puppets.prompts import VOCABULARY
+from emv3_jax.puppets.tokenizer import WordTokenizer
+
+Params = Any
+
+
+@struct.dataclass
+class Prepared:
+    """One batch of requests as arrays, before any model has seen them."""
+
+    ids: jax.Array  # [B, text_len] token ids
+    text_mask: jax.Array  # [B, text_len] 1 at words
+    image: jax.Array  # [B, H, W, 3] in [-1, 1], the reference picture; zeros without one
+    has_image: jax.Array  # [B] 1 where there is a picture
+    audio: jax.Array  # [B, 2F, audio_width]; zeros are silence
+    face_mask: jax.Array  # [B, (h/2)·(w/2)] in {0, 1}
+
+
+def tokenizer(preset: Preset) -> WordTokenizer:
+    """The tokenizer of a preset."""
+    return WordTokenizer(VOCABULARY, preset.dit.text_len)
+
+
+def audio_features(wave: np.ndarray, frames: int) -> np.ndarray:
+    """wave [n] at 16 kHz, any level -> [2·frames, audio_width] (SPEC 3, Audio: zero mean, unit variance per clip)."""
+    return log_mel_features(law.normalise(wave), frames)
+
+
+def face_tokens(box: tuple[float, float, float, float] | None, height: int, width: int) -> np.ndarray:
+    """Which spatial tokens the audio may act on.
+
+    Args:
+      box: (y1, y2, x1, x2) in pixels of a height x width picture; None: everywhere.
+      height, width: of the picture, multiples of 16.
+    Returns:
+      [(height/16)·(width/16)] in {0, 1}: the box in token units, floored; both ends belong to it.
+    """
+    mask = np.zeros((height // 16, width // 16), np.float32)
+    if box is None:
+        mask[:] = 1.0
+    else:
+        y1, y2, x1, x2 = (int(v // 16) for v in box)
+        mask[max(y1, 0) : y2 + 1, max(x1, 0) : x2 + 1] = 1.0
+    return mask.reshape(-1)
+
+
+def encode(params: Params, preset: Preset, prepared: Prepared, given: jax.Array) -> Conditions:
+    """Runs the text and the image encoder.
+
+    Args:
+      params: holds "text" and "image".
+      prepared: a batch.
+      given: [B, T, h, w, 4 + 16] mask channels, then masked latents.
+    """
+    states = UMT5Encoder(preset.text).apply({"params": params["text"]}, prepared.ids, prepared.text_mask)
+    pixels = clip_model.preprocess(prepared.image, preset.image.image_size)
+    image = CLIPVision(preset.image).apply({"params": params["image"]}, pixels)
+    batch = prepared.ids.shape[0]
+    return Conditions(
+        given=given,
+        text=states * prepared.text_mask[..., None],
+        image=image * prepared.has_image[:, None, None],
+        audio=prepared.audio,
+        face_mask=prepared.face_mask,
+        audio_scale=jnp.ones((batch,)),
+    )

@@ -1,0 +1,106 @@
+"""Trains the DiT, with its text and image encoders, on puppets: flow matching over the soup of tasks."""
+
+import functools
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from emv3_jax import checkpoint, conditioning
+from emv3_jax.config import Preset
+from emv3_jax.data import puppet_latents
+from emv3_jax.diffusion import flow
+from emv3_jax.diffusion.phda import PhDAConfig
+from emv3_jax.models.clip import CLIPVision
+from emv3_jax.models.dit import DiT
+from emv3_jax.models.umt5 import UMT5Encoder
+from emv3_jax.pipeline import Pipeline, SamplingOptions
+from emv3_jax.puppets import evaluation
+from emv3_jax.training import losses
+
+
+class DiTRecipe:
+    """See training.loop.Recipe. The parameters are {"dit", "text", "image"}; the VAE's come from `cfg.vae_weights`."""
+
+    def __init__(self, cfg: Any, preset: Preset):
+        self.cfg, self.preset = cfg, preset
+        self.dit, self.phda = DiT(preset.dit), PhDAConfig()
+        self.vae_params = checkpoint.load_params(cfg.vae_weights)
+
+    @functools.cached_property
+    def _sets(self) -> dict[int, dict[str, np.ndarray]]:
+        """Training arrays by number of frames, extracted on first use."""
+        folder = pathlib.Path(self.cfg.latents)
+        wanted: dict[int, int] = {}
+        for _, frames, count, _ in self.cfg.stages:
+            wanted[frames] = max(count, wanted.get(frames, 0))
+        return {
+            frames: puppet_latents.load(folder, self.preset, self.vae_params, "train", count, frames)
+            for frames, count in wanted.items()
+        }
+
+    def init(self) -> Any:
+        if self.cfg.init_from:
+            return {name: checkpoint.load_params(self.cfg.init_from)[name] for name in ("dit", "text", "image")}
+        key = functools.partial(jax.random.fold_in, jax.random.key(self.cfg.seed))
+        preset = self.preset
+        ids = jnp.zeros((1, preset.dit.text_len), jnp.int32)
+        size = preset.image.image_size
+        encoders = {
+            "text": UMT5Encoder(preset.text).init(key(0), ids, jnp.ones(ids.shape))["params"],
+            "image": CLIPVision(preset.image).init(key(1), jnp.zeros((1, size, size, 3)))["params"],
+        }
+        batch = jax.tree.map(lambda x: x[:1], self.batch(1))
+        cond = conditioning.encode(encoders, preset, batch["prepared"], batch["given"])
+        return {"dit": self.dit.init(key(2), batch["latents"], jnp.zeros((1,)), cond)["params"], **encoders}
+
+    def batch(self, step: int) -> dict[str, Any]:
+        until = [stage[0] for stage in self.cfg.stages]
+        _, frames, count, size = self.cfg.stages[min(np.searchsorted(until, step), len(until) - 1)]
+        rng = np.random.default_rng([self.cfg.seed, step])
+        picked = rng.choice(count, size=size, replace=False)
+        arrays = {name: values[picked] for name, values in self._sets[frames].items()}
+        arrays = {k: v.astype(np.float32) if v.dtype == np.float16 else v for k, v in arrays.items()}
+        names = conditioning.Prepared.__dataclass_fields__
+        prepared = conditioning.Prepared(**{name: arrays[name] for name in names})
+        return {"latents": arrays["latents"], "given": arrays["given"], "prepared": prepared}
+
+    def _dropped(self, prepared: conditioning.Prepared, key: jax.Array) -> conditioning.Prepared:
+        """Some samples lose their prompt, some their voice, so that guidance has something to compare with."""
+        batch = prepared.ids.shape[0]
+        text_key, audio_key = jax.random.split(key)
+        no_text = jax.random.bernoulli(text_key, self.cfg.drop_text, (batch, 1))
+        no_audio = jax.random.bernoulli(audio_key, self.cfg.drop_audio, (batch, 1, 1))
+        ids, mask = conditioning.tokenizer(self.preset).encode([""])
+        return prepared.replace(
+            ids=jnp.where(no_text, ids, prepared.ids),
+            text_mask=jnp.where(no_text, mask, prepared.text_mask),
+            audio=jnp.where(no_audio, 0.0, prepared.audio),
+        )
+
+    def loss(self, params: Any, batch: dict[str, Any], key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        drop_key, time_key, noise_key, phda_key = jax.random.split(key, 4)
+        x0 = batch["latents"]
+        cond = conditioning.encode(params, self.preset, self._dropped(batch["prepared"], drop_key), batch["given"])
+        t = flow.sample_timesteps(time_key, x0.shape[0], self.cfg.shift, self.cfg.timesteps)
+        noise = jax.random.normal(noise_key, x0.shape)
+        weights = self.phda.sample(phda_key, t)
+        velocity = self.dit.apply({"params": params["dit"]}, flow.add_noise(x0, noise, t), t, cond, weights)
+        loss = losses.flow_matching(velocity, x0, noise, self.cfg.motion_gain)
+        squared = jnp.mean(jnp.square(velocity - (noise - x0)), axis=(1, 2, 3, 4))
+        early = t > 0.5 * flow.T_MAX
+        share = lambda mask: jnp.sum(squared * mask) / jnp.maximum(jnp.sum(mask), 1.0)  # noqa: E731
+        return loss, {"mse": jnp.mean(squared), "mse_early": share(early), "mse_late": share(~early)}
+
+    def evaluate(self, params: Any) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+        """Held-out puppets, generated and scored."""
+        pipeline = Pipeline(self.preset, {**params, "vae": self.vae_params})
+        options = SamplingOptions(**self.cfg.sampling)
+        result = evaluation.generate_and_score(pipeline, options, self.cfg.eval_clips, self.cfg.eval_frames)
+        return {f"heldout_{name}": value for name, value in result.means().items()}, {"true_and_made": result.strip(4)}
+
+    def export(self, params: Any, path: pathlib.Path) -> None:
+        """The whole pipeline's weights, the VAE's included, in the form that the package ships."""
+        checkpoint.save_params(path, {**params, "vae": self.vae_params}, dtype="float32")
