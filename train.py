@@ -8,7 +8,9 @@ from emv3_jax import command_line
 
 def main(arguments: list[str]) -> int:
     parser = command_line.make_parser("train.py", __doc__)
-    parser.add_argument("--workdir", required=True, help="checkpoints, logs and the trained weights; a run resumes here")
+    parser.add_argument(
+        "--workdir", required=True, help="checkpoints, logs and the trained weights; a run resumes here"
+    )
     options, cfg = command_line.parse(parser, arguments)
     command_line.setup_compile_cache()
 

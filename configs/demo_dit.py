@@ -14,11 +14,13 @@ def get_config() -> ml_collections.ConfigDict:
             "init_from": "",
             "seed": 0,
             # data: latents of puppets, extracted once
-            "vae_weights": "runs/demo_vae/weights.safetensors",
+            "vae_weights": "runs/demo_vae/weights/vae.safetensors",
             "latents": "runs/latents",
-            "stages": (  # up to step, frames of a clip, clips in the set, clips in a batch
-                (3000, 81, 1536, 16),
-                (3600, 125, 384, 10),
+            "clips": 960,
+            "clip_frames": 125,
+            "stages": (  # up to step, first frames of a clip, clips in a batch
+                (1600, 41, 16),
+                (2400, 125, 8),
             ),
             # loss
             "drop_text": 0.1,
@@ -27,7 +29,7 @@ def get_config() -> ml_collections.ConfigDict:
             "timesteps": "uniform",
             "motion_gain": 2.0,
             # optimizer
-            "steps": 3600,
+            "steps": 2400,
             "learning_rate": 1.5e-3,
             "warmup_steps": 100,
             "final_lr_share": 0.03,
@@ -45,5 +47,6 @@ def get_config() -> ml_collections.ConfigDict:
             "log_every": 20,
             "eval_every": 500,
             "checkpoint_every": 250,
+            "export_dtype": "float16",
         }
     )

@@ -13,19 +13,20 @@ def get_config() -> ml_collections.ConfigDict:
             "preset": "demo",
             "init_from": "",
             "seed": 0,
-            # data: crops of clips; single pictures first, which are cheap, then short clips, then whole pictures
+            # data: crops of clips. Single pictures first, which are cheap; then short clips for variety in turn with
+            # long ones, without which the codec learns to send what stays the same only once, and to forget it.
             "picture": 64,
-            "stages": (  # up to step, frames, side of the crop, crops in a batch
-                (1600, 1, 32, 32),
-                (7000, 9, 32, 8),
-                (8000, 17, 64, 2),
+            "stages": (  # up to step; then kinds of batches, taken in turn: frames, side of the crop, crops
+                (2600, ((1, 32, 32), (1, 32, 32), (1, 64, 8))),
+                (5000, ((13, 32, 6), (49, 32, 2))),
+                (5300, ((25, 64, 1), (65, 64, 1))),
             ),
             # loss
             "motion_gain": 4.0,
             "l2_weight": 2.0,
             "kl_weight": 3e-4,
             # optimizer
-            "steps": 8000,
+            "steps": 5300,
             "learning_rate": 2e-3,
             "warmup_steps": 100,
             "final_lr_share": 0.05,
@@ -40,5 +41,6 @@ def get_config() -> ml_collections.ConfigDict:
             "eval_every": 500,
             "eval_clips": 8,
             "checkpoint_every": 250,
+            "export_dtype": "float16",
         }
     )

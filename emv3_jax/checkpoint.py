@@ -1,6 +1,5 @@
 """Parameter trees in safetensors files: '/'-joined paths as names, written whole or not at all."""
 
-import json
 import os
 import pathlib
 from collections.abc import Mapping
@@ -9,19 +8,18 @@ from typing import Any
 import numpy as np
 from flax import traverse_util
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from emv3_jax.errors import UserError
 
 
-def save_params(path: pathlib.Path, params: Mapping, dtype: str = "float32", metadata: dict[str, str] | None = None):
+def save_params(path: pathlib.Path, params: Mapping, dtype: str = "float32"):
     """Writes a parameter tree; the file appears only when it is complete.
 
     Args:
       path: a .safetensors file.
       params: nested dict of arrays.
       dtype: of the floating arrays in the file.
-      metadata: kept beside the tensors.
     """
     flat = traverse_util.flatten_dict(dict(params), sep="/")
     arrays = {name: np.ascontiguousarray(np.asarray(value).astype(dtype)) for name, value in flat.items()}
@@ -29,7 +27,7 @@ def save_params(path: pathlib.Path, params: Mapping, dtype: str = "float32", met
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        save_file(arrays, temporary, metadata=metadata)
+        temporary.write_bytes(save(arrays))
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -63,7 +61,17 @@ def load_params(path: pathlib.Path, like: Any = None) -> dict:
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
-def load_metadata(path: pathlib.Path) -> dict[str, Any]:
-    """The JSON values kept beside the tensors of a file."""
-    with safe_open(pathlib.Path(path), framework="numpy") as file:
-        return {name: json.loads(value) for name, value in (file.metadata() or {}).items()}
+def save_models(folder: pathlib.Path, models: Mapping[str, Mapping], dtype: str = "float32") -> None:
+    """One file a model: `folder`/NAME.safetensors."""
+    for name, params in models.items():
+        save_params(pathlib.Path(folder) / f"{name}.safetensors", params, dtype)
+
+
+def load_models(folder: pathlib.Path, like: Mapping[str, Any]) -> dict[str, dict]:
+    """Reads `folder`/NAME.safetensors for every NAME in `like`, which holds the trees that they must match.
+
+    Raises:
+      UserError: see `load_params`.
+    """
+    return {name: load_params(pathlib.Path(folder) / f"{name}.safetensors", tree) for name, tree in like.items()}
+

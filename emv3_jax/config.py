@@ -113,7 +113,7 @@ DEMO = Preset(
     name="demo",
     vae=VAEConfig(width=16, res_blocks=1, latent_mean=(0.0,) * 16, latent_std=(1.0,) * 16),
     dit=DiTConfig(
-        width=192, heads=6, layers=6, ffn=512, time_features=64, text_width=64, text_len=24, image_width=64,
+        width=160, heads=5, layers=6, ffn=480, time_features=64, text_width=64, text_len=24, image_width=64,
         image_tokens=17, audio_width=80,
     ),
     text=UMT5Config(vocab=47, width=64, attention_width=64, heads=4, layers=2, ffn=128),

@@ -128,7 +128,9 @@ def read_request(request: Request, preset: Preset) -> Ready:
         raise UserError(f"frames must be 4k + 1 between 5 and {preset.max_frames}, got {frames}")
     samples = round(frames / FPS * RATE)
     if len(wave) > samples:
-        notes.append(f"the sound lasts {len(wave) / RATE:.2f} s; the video ends after {frames / FPS:.2f} s ({frames} frames)")
+        notes.append(
+            f"the sound lasts {len(wave) / RATE:.2f} s; the video ends after {frames / FPS:.2f} s ({frames} frames)"
+        )
     elif len(wave) < samples:
         notes.append(f"the sound lasts {len(wave) / RATE:.2f} s; silence was added up to {frames / FPS:.2f} s")
     wave = np.pad(wave[:samples], (0, max(0, samples - len(wave)))).astype(np.float32)
@@ -279,7 +281,7 @@ def expected_params(preset: Preset) -> Any:
 
 
 def load_pipeline(name: str = "demo", weights: str | pathlib.Path | None = None) -> Pipeline:
-    """A preset with its weights: the shipped ones, or those of a file that `train.py` wrote.
+    """A preset with its weights: the shipped ones, or those of a folder that `train.py` wrote.
 
     Raises:
       UserError: no such preset, or weights that do not fit it.
@@ -287,6 +289,5 @@ def load_pipeline(name: str = "demo", weights: str | pathlib.Path | None = None)
     if name not in PRESETS:
         raise UserError(f"there is no preset {name!r}: one of {', '.join(sorted(PRESETS))}")
     preset = PRESETS[name]
-    path = pathlib.Path(weights) if weights else WEIGHTS / f"{name}.safetensors"
-    params = checkpoint.load_params(path, like=expected_params(preset))
+    params = checkpoint.load_models(pathlib.Path(weights or WEIGHTS / name), expected_params(preset))
     return Pipeline(preset, jax.tree.map(jnp.asarray, params))

@@ -71,12 +71,19 @@ class ChannelNorm(nn.Module):
 
 
 def present_init(key: jax.Array, shape: Sequence[int], dtype: Any = jnp.float32) -> jax.Array:
-    """Kernel [3, ., ., C, D] that starts as a convolution of the present frame alone: the past has weight zero.
+    """Kernel [3, 3, 3, C, D] that starts as a convolution of the present frame alone: the past has weight zero.
 
-    So a network trained on single pictures first, which is cheap, goes on to video from where it stands.
+    With `repeat_init` in the layers that change the number of frames, a network trained on single pictures first, which
+    is cheap, is a codec of standing video from the first step on: it sends every fourth frame and shows it four times.
     """
     present = nn.initializers.lecun_normal()(key, tuple(shape[1:]), dtype)
     return jnp.zeros(shape, dtype).at[-1].set(present)
+
+
+def repeat_init(key: jax.Array, shape: Sequence[int], dtype: Any = jnp.float32) -> jax.Array:
+    """Kernel [3, ..., C, n*C] that starts as n copies of the present frame. The key is not needed."""
+    copies = jnp.tile(jnp.eye(shape[-2], dtype=dtype), shape[-1] // shape[-2])
+    return jnp.zeros(shape, dtype).at[-1].set(copies.reshape(shape[1:]))
 
 
 class CausalConv(nn.Module):
@@ -84,11 +91,12 @@ class CausalConv(nn.Module):
 
     features: int
     kernel: tuple[int, int, int] = (3, 3, 3)
+    kernel_init: nn.initializers.Initializer = present_init
 
     @nn.compact
     def __call__(self, x: jax.Array, cache: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
         """x [B, F, H, W, C], cache [B, 2, H, W, C] -> [B, F, H, W, D], the next cache."""
-        kernel = self.param("kernel", present_init, (*self.kernel, x.shape[-1], self.features))
+        kernel = self.param("kernel", self.kernel_init, (*self.kernel, x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         starts, single = cache is None, x.shape[1] == 1
         if starts:
@@ -141,7 +149,7 @@ class Downsample(nn.Module):
         x = per_frame(conv, x)
         if not self.time:
             return x, {}
-        kernel = self.param("time_kernel", nn.initializers.lecun_normal(), (3, c, c))
+        kernel = self.param("time_kernel", repeat_init, (3, c, c))
         bias = self.param("time_bias", nn.initializers.zeros, (c,))
         seen = x if cache is None else jnp.concatenate([cache["last"], x], axis=1)
         n = (seen.shape[1] - 1) // 2
@@ -164,7 +172,7 @@ class Upsample(nn.Module):
         if self.time:
             # The clip's first frame passes as it is, and the time convolution never sees it: zeros stand in its place.
             first, rest = (x[:, :1], x[:, 1:]) if cache is None else (x[:, :0], x)
-            y, after["time_conv"] = CausalConv(2 * c, (3, 1, 1), name="time_conv")(rest, (cache or {}).get("time_conv"))
+            y, after["time_conv"] = CausalConv(2 * c, (3, 1, 1), repeat_init, name="time_conv")(rest, (cache or {}).get("time_conv"))
             y = y.reshape(b, -1, h, w, 2, c).transpose(0, 1, 4, 2, 3, 5).reshape(b, -1, h, w, c)
             x = jnp.concatenate([first, y], axis=1)
         conv = nn.Conv(c // 2, (3, 3), padding="SAME", name="conv")

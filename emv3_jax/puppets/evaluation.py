@@ -78,5 +78,7 @@ def generate_and_score(
         videos = generate_batch(pipeline, options, batch, seed=first)
         rows += score(videos, batch)
         if first == 0:
-            pairs = [(np.asarray(clip.render(video.shape[1])), video) for clip, video in zip(batch, videos, strict=True)]
+            pairs = [
+                (np.asarray(clip.render(video.shape[1])), video) for clip, video in zip(batch, videos, strict=True)
+            ]
     return Scored(rows, pairs)

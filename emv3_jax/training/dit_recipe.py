@@ -16,7 +16,7 @@ from emv3_jax.diffusion.phda import PhDAConfig
 from emv3_jax.models.clip import CLIPVision
 from emv3_jax.models.dit import DiT
 from emv3_jax.models.umt5 import UMT5Encoder
-from emv3_jax.pipeline import Pipeline, SamplingOptions
+from emv3_jax.pipeline import Pipeline, SamplingOptions, expected_params
 from emv3_jax.puppets import evaluation
 from emv3_jax.training import losses
 
@@ -27,23 +27,18 @@ class DiTRecipe:
     def __init__(self, cfg: Any, preset: Preset):
         self.cfg, self.preset = cfg, preset
         self.dit, self.phda = DiT(preset.dit), PhDAConfig()
-        self.vae_params = checkpoint.load_params(cfg.vae_weights)
+        self.vae_params = checkpoint.load_params(pathlib.Path(cfg.vae_weights), expected_params(preset)["vae"])
 
     @functools.cached_property
-    def _sets(self) -> dict[int, dict[str, np.ndarray]]:
-        """Training arrays by number of frames, extracted on first use."""
+    def _clips(self) -> dict[str, np.ndarray]:
+        """Training arrays, extracted on first use."""
         folder = pathlib.Path(self.cfg.latents)
-        wanted: dict[int, int] = {}
-        for _, frames, count, _ in self.cfg.stages:
-            wanted[frames] = max(count, wanted.get(frames, 0))
-        return {
-            frames: puppet_latents.load(folder, self.preset, self.vae_params, "train", count, frames)
-            for frames, count in wanted.items()
-        }
+        return puppet_latents.load(folder, self.preset, self.vae_params, "train", self.cfg.clips, self.cfg.clip_frames)
 
     def init(self) -> Any:
         if self.cfg.init_from:
-            return {name: checkpoint.load_params(self.cfg.init_from)[name] for name in ("dit", "text", "image")}
+            like = expected_params(self.preset)
+            return checkpoint.load_models(self.cfg.init_from, {name: like[name] for name in ("dit", "text", "image")})
         key = functools.partial(jax.random.fold_in, jax.random.key(self.cfg.seed))
         preset = self.preset
         ids = jnp.zeros((1, preset.dit.text_len), jnp.int32)
@@ -57,11 +52,14 @@ class DiTRecipe:
         return {"dit": self.dit.init(key(2), batch["latents"], jnp.zeros((1,)), cond)["params"], **encoders}
 
     def batch(self, step: int) -> dict[str, Any]:
-        until = [stage[0] for stage in self.cfg.stages]
-        _, frames, count, size = self.cfg.stages[min(np.searchsorted(until, step), len(until) - 1)]
-        rng = np.random.default_rng([self.cfg.seed, step])
-        picked = rng.choice(count, size=size, replace=False)
-        arrays = {name: values[picked] for name, values in self._sets[frames].items()}
+        cfg = self.cfg
+        _, frames, size = next((stage for stage in cfg.stages if step <= stage[0]), cfg.stages[-1])
+        picked = np.random.default_rng([cfg.seed, step]).choice(cfg.clips, size=size, replace=False)
+        arrays = {name: values[picked] for name, values in self._clips.items()}
+        # The VAE is causal: the first latents of a clip are those of a shorter clip.
+        latent_frames = (frames - 1) // self.preset.vae.temporal_factor + 1
+        ends = {"latents": latent_frames, "given": latent_frames, "audio": 2 * frames}
+        arrays = {name: values[:, : ends.get(name)] for name, values in arrays.items()}
         arrays = {k: v.astype(np.float32) if v.dtype == np.float16 else v for k, v in arrays.items()}
         names = conditioning.Prepared.__dataclass_fields__
         prepared = conditioning.Prepared(**{name: arrays[name] for name in names})
@@ -101,6 +99,6 @@ class DiTRecipe:
         result = evaluation.generate_and_score(pipeline, options, self.cfg.eval_clips, self.cfg.eval_frames)
         return {f"heldout_{name}": value for name, value in result.means().items()}, {"true_and_made": result.strip(4)}
 
-    def export(self, params: Any, path: pathlib.Path) -> None:
+    def export(self, params: Any, folder: pathlib.Path) -> None:
         """The whole pipeline's weights, the VAE's included, in the form that the package ships."""
-        checkpoint.save_params(path, {**params, "vae": self.vae_params}, dtype="float32")
+        checkpoint.save_models(folder, {**params, "vae": self.vae_params}, self.cfg.export_dtype)

@@ -1,9 +1,14 @@
 """Turns the crank: batches in, steps, log lines, checkpoints, and on from where the last run stopped."""
 
+import collections
+import contextlib
 import itertools
 import pathlib
+import shutil
 import signal
+import threading
 import time
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import jax
@@ -13,6 +18,7 @@ import orbax.checkpoint as ocp
 from emv3_jax.errors import UserError
 from emv3_jax.training import state as train_state
 from emv3_jax.training.run_log import RunLog
+from emv3_jax.training.state import TrainState
 
 
 class Recipe(Protocol):
@@ -30,78 +36,174 @@ class Recipe(Protocol):
     def evaluate(self, params: Any) -> tuple[dict[str, float], dict[str, np.ndarray]]:
         """Scores on held-out data, and pictures [H, W, 3] uint8."""
 
-    def export(self, params: Any, path: pathlib.Path) -> None:
+    def export(self, params: Any, folder: pathlib.Path) -> None:
         """Writes the weights in the form that the package ships."""
 
 
-def _progress(step: int, steps: int, rate: float, metrics: dict[str, float]) -> str:
-    left = (steps - step) / max(rate, 1e-9)
-    shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name != "finite")
-    return f"step {step}/{steps}  {rate:.2f} steps/s  {left / 60:.0f} min left  {shown}"
-
-
-def train(recipe: Recipe, cfg: Any, workdir: pathlib.Path) -> None:
+def train(recipe: Recipe, cfg: Any, workdir: pathlib.Path) -> int:
     """Trains until cfg.steps, resuming from the newest checkpoint in `workdir`.
 
     Args:
       recipe: what is trained.
       cfg: optimizer settings (state.make_optimizer) and steps, seed, ema_decay, log_every, eval_every,
         checkpoint_every, minutes (stop after so long, 0: never), bad_steps (stop after so many non-finite steps).
-      workdir: checkpoints, metrics.jsonl, TensorBoard events and the exported `weights.safetensors`.
+      workdir: checkpoints, metrics.jsonl, TensorBoard events and the exported `weights/`.
+    Returns:
+      The signal (SIGTERM, SIGINT) that stopped the run before its time, or 0. A stopped run has saved its last step.
     Raises:
-      UserError: when the loss stays non-finite.
+      UserError: when the loss stays non-finite, or no checkpoint of an earlier run can be used.
     """
     optimizer = train_state.make_optimizer(cfg)
     state = train_state.init_state(recipe.init(), optimizer)
     workdir = workdir.resolve()
     options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
-    with ocp.CheckpointManager(workdir / "checkpoints", options=options) as checkpoints:
-        if (newest := checkpoints.latest_step()) is not None:
-            abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-            state = checkpoints.restore(newest, args=ocp.args.StandardRestore(abstract))
-            print(f"resumed from step {newest} in {workdir}", flush=True)
+    handler = ocp.StandardCheckpointHandler()
+    with ocp.CheckpointManager(workdir / "checkpoints", options=options, item_handlers=handler) as checkpoints:
+        state = _resume(checkpoints, state, workdir)
         step_fn = train_state.make_step(recipe.loss, optimizer, cfg.ema_decay, cfg.seed)
         log = RunLog(workdir)
         try:
-            state = _crank(recipe, cfg, state, step_fn, checkpoints, log)
+            state, stopped = _crank(recipe, cfg, state, step_fn, checkpoints, log)
         finally:
             log.close()
-    recipe.export(jax.device_get(state.ema), workdir / "weights.safetensors")
-    print(f"weights (moving average) at step {int(state.step)}: {workdir / 'weights.safetensors'}", flush=True)
+    recipe.export(jax.device_get(state.ema), workdir / "weights")
+    print(f"weights (moving average) at step {int(state.step)}: {workdir / 'weights'}", flush=True)
+    return stopped
 
 
-def _crank(recipe, cfg, state, step_fn, checkpoints, log):
-    """The loop of `train`; returns the last state, which is always in a checkpoint."""
-    stop = []
-    for name in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(name, lambda number, frame: stop.append(number))
-    started = marked = time.monotonic()
-    first = int(state.step)
-    bad, pending = 0, None
-    for step in itertools.count(first + 1):
-        done = step > cfg.steps or stop or (cfg.minutes and time.monotonic() - started > 60 * cfg.minutes)
-        if done or (step - 1 > first and (step - 1) % cfg.checkpoint_every == 0):
-            if checkpoints.latest_step() != step - 1:
-                checkpoints.save(step - 1, args=ocp.args.StandardSave(state))
-        if done:
-            break
-        state, metrics = step_fn(state, recipe.batch(step))
-        if step % cfg.log_every == 0 or step == first + 1:
-            if pending is not None:  # the numbers of an earlier step: reading them does not wait for this one
-                values = {name: float(value) for name, value in pending[1].items()}
-                bad = 0 if values["finite"] else bad + 1
-                if bad >= cfg.bad_steps:
-                    raise UserError(f"the loss was not finite {bad} times in a row (step {pending[0]}): lower the learning rate")
-                now = time.monotonic()
-                rate = cfg.log_every / (now - marked)
-                log.scalars(pending[0], {**values, "steps_per_second": rate})
-                print(_progress(step, cfg.steps, rate, values), flush=True)
-            marked, pending = time.monotonic(), (step, metrics)
-        if step % cfg.eval_every == 0:
-            scores, pictures = recipe.evaluate(state.ema)
-            log.scalars(step, scores)
-            for name, picture in pictures.items():
-                log.image(step, name, picture)
-            print(f"step {step}  held-out: " + "  ".join(f"{k} {v:.4f}" for k, v in scores.items()), flush=True)
-    checkpoints.wait_until_finished()
+def _resume(checkpoints: ocp.CheckpointManager, state: TrainState, workdir: pathlib.Path) -> TrainState:
+    """The newest checkpoint that can be read, or `state` if there is none at all; damaged ones are moved aside."""
+    shapes = lambda tree: sorted(tuple(leaf.shape) for leaf in jax.tree.leaves(tree))  # noqa: E731
+    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+    damaged: dict[int, Exception] = {}
+    for step in sorted(checkpoints.all_steps(), reverse=True):
+        try:
+            fits = shapes(checkpoints.item_metadata(step)) == shapes(state)
+            restored = checkpoints.restore(step, args=ocp.args.StandardRestore(abstract)) if fits else None
+        except Exception as error:  # Orbax passes on whatever its readers raise
+            damaged[step] = error
+            continue
+        if restored is None:
+            raise UserError(
+                f"the checkpoint of step {step} in {workdir} is of another model or optimizer: go on with the config"
+                " that made it, or give another --workdir"
+            )
+        for bad in damaged:
+            aside = workdir / f"damaged_checkpoint_{bad}"
+            shutil.rmtree(aside, ignore_errors=True)
+            (workdir / "checkpoints" / str(bad)).rename(aside)
+            print(f"the checkpoint of step {bad} is damaged and was moved to {aside}", flush=True)
+        checkpoints.reload()
+        print(f"resumed from step {step} in {workdir}", flush=True)
+        return restored
+    if damaged:
+        error = next(iter(damaged.values()))
+        raise UserError(
+            f"no checkpoint in {workdir / 'checkpoints'} can be read ({type(error).__name__}: {str(error)[:100]}):"
+            " delete that folder to start from nothing, or give another --workdir"
+        )
     return state
+
+
+def _crank(recipe, cfg, state, step_fn, checkpoints, log) -> tuple[TrainState, int]:
+    """The loop of `train`: the last state, which is always in a checkpoint, and the signal that ended it, or 0."""
+    first, started = int(state.step), time.monotonic()
+    report, watch = _Report(cfg.steps, log), _Watch(cfg.bad_steps)
+    with _signals() as received:
+        for step in itertools.count(first + 1):
+            done = step > cfg.steps or received or (cfg.minutes and time.monotonic() - started > 60 * cfg.minutes)
+            if done or (step - 1 > first and (step - 1) % cfg.checkpoint_every == 0):
+                if checkpoints.latest_step() != step - 1:
+                    checkpoints.save(step - 1, args=ocp.args.StandardSave(state))
+            if done:
+                break
+            state, metrics = step_fn(state, recipe.batch(step))
+            watch.add(step, metrics["finite"])
+            if step % cfg.log_every == 0 or step == first + 1:
+                report.add(step, metrics)
+            if step % cfg.eval_every == 0:
+                scores, pictures = recipe.evaluate(state.ema)
+                log.scalars(step, scores)
+                for name, picture in pictures.items():
+                    log.image(step, name, picture)
+                print(f"step {step}  held-out: " + "  ".join(f"{k} {v:.4f}" for k, v in scores.items()), flush=True)
+    checkpoints.wait_until_finished()
+    report.flush()
+    watch.look(wait=True)
+    stopped = received[0] if received and int(state.step) < cfg.steps else 0
+    if stopped:
+        print(f"stopped by {signal.Signals(stopped).name}; the same command goes on from here", flush=True)
+    return state, stopped
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collects SIGTERM and Ctrl-C instead of dying of them; the second one does what it always did."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received  # only the main thread may say what signals do
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def note(number: int, frame: Any) -> None:
+        received.append(number)
+        signal.signal(number, before[number])
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class _Watch:
+    """Notices steps whose loss was not finite, every one of them, without waiting for any."""
+
+    def __init__(self, limit: int):
+        self.limit, self.in_a_row = limit, 0
+        self.unread: collections.deque[tuple[int, jax.Array]] = collections.deque()
+
+    def add(self, step: int, finite: jax.Array) -> None:
+        """Takes note of a step, and looks at those that are finished by now."""
+        self.unread.append((step, finite))
+        self.look()
+
+    def look(self, wait: bool = False) -> None:
+        """Raises UserError if `limit` steps in a row were not finite. wait: for the steps that still run."""
+        while self.unread and (wait or self.unread[0][1].is_ready()):
+            step, finite = self.unread.popleft()
+            self.in_a_row = 0 if finite else self.in_a_row + 1
+            if self.in_a_row >= self.limit:
+                raise UserError(
+                    f"the loss or its gradient was not finite {self.in_a_row} times in a row, up to step {step}; the"
+                    " weights were left as they were before: lower the learning rate, or look at the data of that step"
+                )
+
+
+class _Report:
+    """Says how the run goes. A line is told when the next one is due, so that nothing waits for its numbers."""
+
+    def __init__(self, steps: int, log: RunLog):
+        self.steps, self.log = steps, log
+        self.told: tuple[int, float] | None = None  # the last step that was noted, and when
+        self.pending: tuple[int, float, dict[str, jax.Array]] | None = None
+
+    def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Notes a step's metrics, and tells the one noted before."""
+        self.flush()
+        now = time.monotonic()
+        rate = (step - self.told[0]) / max(now - self.told[1], 1e-9) if self.told else 0.0
+        self.told, self.pending = (step, now), (step, rate, metrics)
+
+    def flush(self) -> None:
+        """Tells what was noted and not told."""
+        if self.pending is None:
+            return
+        (step, rate, metrics), self.pending = self.pending, None
+        values = {name: float(value) for name, value in metrics.items()}
+        self.log.scalars(step, {**values, "steps_per_second": rate} if rate else values)
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items() if name != "finite")
+        speed = f"{rate:.2f} steps/s  {(self.steps - step) / rate / 60:.0f} min left  " if rate else ""
+        print(f"step {step}/{self.steps}  {speed}{shown}", flush=True)

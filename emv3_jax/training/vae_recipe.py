@@ -25,7 +25,7 @@ class VAERecipe:
 
     def init(self) -> Any:
         if self.cfg.init_from:
-            return checkpoint.load_params(self.cfg.init_from)
+            return checkpoint.load_params(pathlib.Path(self.cfg.init_from) / "vae.safetensors")
         video = jnp.zeros((1, 5, self.cfg.picture, self.cfg.picture, 3))
         params = self.vae.init(jax.random.key(self.cfg.seed), video)["params"]
         # Little noise at first: at a deviation of 1 it would drown the latents until the KL had taught otherwise.
@@ -42,11 +42,17 @@ class VAERecipe:
         kl = losses.gaussian_kl(mean, logvar)
         loss = errors["l1"] + self.cfg.l2_weight * errors["l2"] + self.cfg.kl_weight * kl
         noise = jnp.sqrt(jnp.mean(jnp.exp(logvar)))
-        return loss, {"psnr": 10 * jnp.log10(4.0 / errors["mse"]), "kl": kl, "latent_std": jnp.std(mean), "noise": noise}
+        return loss, {
+            "psnr": 10 * jnp.log10(4.0 / errors["mse"]),
+            "kl": kl,
+            "latent_std": jnp.std(mean),
+            "noise": noise,
+        }
 
     def batch(self, step: int) -> jax.Array:
         cfg = self.cfg
-        _, frames, size, batch = next((stage for stage in cfg.stages if step <= stage[0]), cfg.stages[-1])
+        kinds = next((kinds for until, kinds in cfg.stages if step <= until), cfg.stages[-1][1])
+        frames, size, batch = kinds[step % len(kinds)]
         rng = np.random.default_rng([cfg.seed, step])
         return clips.sample_crops(rng, batch, frames, size, cfg.picture)
 
@@ -66,10 +72,12 @@ class VAERecipe:
         mean = {f"heldout_{name}": float(np.mean([s[name] for s in scores])) for name in scores[0]}
         return mean, {"true_and_decoded": pictures.film_strip(rows)}
 
-    def export(self, params: Any, path: pathlib.Path) -> None:
+    def export(self, params: Any, folder: pathlib.Path) -> None:
         """Weights whose latents have mean 0 and deviation 1 per channel on training clips."""
         encode = jax.jit(lambda video: self.vae.apply({"params": params}, video, method="encode")[0])
         videos = (clips.make_clip("train", i, 17).render(self.cfg.picture) for i in range(64))
-        latents = np.concatenate([np.asarray(encode(video[None])).reshape(-1, self.vae.cfg.latent_channels) for video in videos])
+        latents = np.concatenate(
+            [np.asarray(encode(video[None])).reshape(-1, self.vae.cfg.latent_channels) for video in videos]
+        )
         params = vae_model.fold_latent_stats(params, latents.mean(0), latents.std(0))
-        checkpoint.save_params(path, params, dtype="float32")
+        checkpoint.save_models(folder, {"vae": params}, self.cfg.export_dtype)
