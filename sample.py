@@ -1,4 +1,6 @@
-"""Makes a talking video: python sample.py --image portrait.png --audio voice.wav --prompt "A puppet nods." --out clip.mp4
+"""Makes a talking video.
+
+python sample.py --image portrait.png --audio voice.wav --prompt "A puppet nods." --out talk.mp4
 
 Without --image, --audio or --prompt it takes a puppet, a sentence and a prompt of its own.
 """

@@ -16,8 +16,8 @@ def main(arguments: list[str]) -> int:
 
     from emv3_jax.training import loop, recipes
 
-    loop.train(recipes.build(cfg), cfg, pathlib.Path(options.workdir))
-    return 0
+    stopped = loop.train(recipes.build(cfg), cfg, pathlib.Path(options.workdir))
+    return 128 + stopped if stopped else 0
 
 
 if __name__ == "__main__":

@@ -16,11 +16,11 @@ def get_config() -> ml_collections.ConfigDict:
             # data: latents of puppets, extracted once
             "vae_weights": "runs/demo_vae/weights/vae.safetensors",
             "latents": "runs/latents",
-            "clips": 960,
+            "clips": 640,
             "clip_frames": 125,
             "stages": (  # up to step, first frames of a clip, clips in a batch
-                (1600, 41, 16),
-                (2400, 125, 8),
+                (1500, 61, 12),
+                (2100, 125, 8),
             ),
             # loss
             "drop_text": 0.1,
@@ -29,8 +29,8 @@ def get_config() -> ml_collections.ConfigDict:
             "timesteps": "uniform",
             "motion_gain": 2.0,
             # optimizer
-            "steps": 2400,
-            "learning_rate": 1.5e-3,
+            "steps": 2100,
+            "learning_rates": ((2100, 1.5e-3),),  # up to step, peak
             "warmup_steps": 100,
             "final_lr_share": 0.03,
             "weight_decay": 0.01,
@@ -45,7 +45,7 @@ def get_config() -> ml_collections.ConfigDict:
             "minutes": 0.0,
             "bad_steps": 3,
             "log_every": 20,
-            "eval_every": 500,
+            "eval_every": 700,
             "checkpoint_every": 250,
             "export_dtype": "float16",
         }

@@ -17,17 +17,17 @@ def get_config() -> ml_collections.ConfigDict:
             # long ones, without which the codec learns to send what stays the same only once, and to forget it.
             "picture": 64,
             "stages": (  # up to step; then kinds of batches, taken in turn: frames, side of the crop, crops
-                (2600, ((1, 32, 32), (1, 32, 32), (1, 64, 8))),
-                (5000, ((13, 32, 6), (49, 32, 2))),
-                (5300, ((25, 64, 1), (65, 64, 1))),
+                (2500, ((1, 32, 32), (1, 32, 32), (1, 64, 8))),
+                (4000, ((13, 32, 6), (49, 32, 2))),
+                (4200, ((25, 64, 1), (65, 64, 1))),
             ),
             # loss
             "motion_gain": 4.0,
             "l2_weight": 2.0,
             "kl_weight": 3e-4,
             # optimizer
-            "steps": 5300,
-            "learning_rate": 2e-3,
+            "steps": 4200,
+            "learning_rates": ((2500, 2e-3), (4200, 8e-4)),  # up to step, peak
             "warmup_steps": 100,
             "final_lr_share": 0.05,
             "weight_decay": 1e-4,

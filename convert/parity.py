@@ -65,6 +65,7 @@ class Golden:
 
 @functools.cache
 def load_tensor_for(path: Path) -> Callable[..., np.ndarray]:
+    """The function of the golden folder's weights.py that makes a weight from its key and shape."""
     spec = importlib.util.spec_from_file_location("golden_weights", path)
     if spec is None or spec.loader is None or not path.is_file():
         raise UserError(f"{path}: no such file; a golden folder holds weights.py beside its .npz files")

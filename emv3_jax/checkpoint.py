@@ -74,4 +74,3 @@ def load_models(folder: pathlib.Path, like: Mapping[str, Any]) -> dict[str, dict
       UserError: see `load_params`.
     """
     return {name: load_params(pathlib.Path(folder) / f"{name}.safetensors", tree) for name, tree in like.items()}
-

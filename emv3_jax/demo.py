@@ -73,6 +73,5 @@ def render(ready: Ready, sampling: SamplingOptions, cfg: Any, out: pathlib.Path,
     if sheet:
         media.contact_sheet(np.concatenate(frames), ready.wave, RATE, FPS, sheet, ready.prompt)
     made = f"{out} and {sheet}" if sheet else str(out)
-    print(
-        f"wrote {made}: {ready.frames} frames, {ready.frames / FPS:.2f} s of video, in {time.monotonic() - started:.1f} s"
-    )
+    took = time.monotonic() - started
+    print(f"wrote {made}: {ready.frames} frames, {ready.frames / FPS:.2f} s of video, in {took:.1f} s")

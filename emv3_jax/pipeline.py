@@ -18,7 +18,7 @@ from emv3_jax.diffusion.phda import PhDAConfig
 from emv3_jax.errors import UserError
 from emv3_jax.models import vae as vae_model
 from emv3_jax.models.clip import CLIPVision
-from emv3_jax.models.dit import DiT
+from emv3_jax.models.dit import Conditions, DiT
 from emv3_jax.models.umt5 import UMT5Encoder
 
 FPS = 25
@@ -202,9 +202,10 @@ class Pipeline:
         for branch in guidance.branches(options.text_scale, options.audio_scale):
             row = prepared
             if not branch.prompt:
-                row = row.replace(ids=jnp.broadcast_to(ids, row.ids.shape),
-                                  text_mask=jnp.broadcast_to(mask, row.text_mask.shape))  # fmt: skip
-            rows.append(row if branch.audio else row.replace(audio=jnp.zeros_like(row.audio)))
+                negative = {"ids": jnp.broadcast_to(ids, row.ids.shape),
+                            "text_mask": jnp.broadcast_to(mask, row.text_mask.shape)}  # fmt: skip
+                row = dataclasses.replace(row, **negative)
+            rows.append(row if branch.audio else dataclasses.replace(row, audio=jnp.zeros_like(row.audio)))
         encoders = {name: self.params[name] for name in ("text", "image")}
         contexts = self._contexts(self._velocity, encoders, guidance.stack_branches(rows), given)
         velocity = guidance.guide(self._velocity, contexts, options.text_scale, options.audio_scale)
@@ -251,33 +252,33 @@ class Pipeline:
         return Result(np.concatenate(list(self.stream(ready, options, on_step))), ready.wave, ready.notes)
 
 
-def expected_params(preset: Preset) -> Any:
-    """Shapes of {"dit", "text", "image", "vae"} without computing anything."""
-    from emv3_jax.models.dit import Conditions
-
+def init_params(preset: Preset, key: jax.Array) -> dict[str, Any]:
+    """Untrained {"dit", "text", "image", "vae"}; under jit it computes no more than what is used of them."""
     dit, vae = preset.dit, preset.vae
     h, w, frames = preset.height // vae.spatial_factor, preset.width // vae.spatial_factor, 2
+    ids = jnp.zeros((1, dit.text_len), jnp.int32)
+    size = preset.image.image_size
+    x = jnp.zeros((1, frames, h, w, dit.latent_channels))
+    cond = Conditions(
+        given=jnp.zeros((1, frames, h, w, dit.mask_channels + dit.latent_channels)),
+        text=jnp.zeros((1, dit.text_len, dit.text_width)),
+        image=jnp.zeros((1, dit.image_tokens, dit.image_width)),
+        audio=jnp.zeros((1, 10, dit.audio_width)),
+        face_mask=jnp.zeros((1, h * w // 4)),
+        audio_scale=jnp.ones((1,)),
+    )
+    keys = [jax.random.fold_in(key, i) for i in range(4)]
+    return {
+        "text": UMT5Encoder(preset.text).init(keys[0], ids, jnp.ones(ids.shape))["params"],
+        "image": CLIPVision(preset.image).init(keys[1], jnp.zeros((1, size, size, 3)))["params"],
+        "dit": DiT(dit).init(keys[2], x, jnp.zeros((1,)), cond)["params"],
+        "vae": vae_model.WanVAE(vae).init(keys[3], jnp.zeros((1, 5, preset.height, preset.width, 3)))["params"],
+    }
 
-    def init(key: jax.Array) -> dict[str, Any]:
-        ids = jnp.zeros((1, dit.text_len), jnp.int32)
-        size = preset.image.image_size
-        x = jnp.zeros((1, frames, h, w, dit.latent_channels))
-        cond = Conditions(
-            given=jnp.zeros((1, frames, h, w, dit.mask_channels + dit.latent_channels)),
-            text=jnp.zeros((1, dit.text_len, dit.text_width)),
-            image=jnp.zeros((1, dit.image_tokens, dit.image_width)),
-            audio=jnp.zeros((1, 10, dit.audio_width)),
-            face_mask=jnp.zeros((1, h * w // 4)),
-            audio_scale=jnp.ones((1,)),
-        )
-        return {
-            "dit": DiT(dit).init(key, x, jnp.zeros((1,)), cond)["params"],
-            "text": UMT5Encoder(preset.text).init(key, ids, jnp.ones(ids.shape))["params"],
-            "image": CLIPVision(preset.image).init(key, jnp.zeros((1, size, size, 3)))["params"],
-            "vae": vae_model.WanVAE(vae).init(key, jnp.zeros((1, 5, preset.height, preset.width, 3)))["params"],
-        }
 
-    return jax.eval_shape(init, jax.random.key(0))
+def expected_params(preset: Preset) -> Any:
+    """Shapes of {"dit", "text", "image", "vae"} without computing anything."""
+    return jax.eval_shape(functools.partial(init_params, preset), jax.random.key(0))
 
 
 def load_pipeline(name: str = "demo", weights: str | pathlib.Path | None = None) -> Pipeline:

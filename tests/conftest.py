@@ -35,6 +35,14 @@ def random_params(shapes: Any, seed: int = 0) -> Any:
     return jax.tree_util.tree_map_with_path(leaf, shapes)
 
 
+@pytest.fixture(scope="module")
+def quick_compile():
+    """For tests that compile large programs and run them once on next to nothing."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="session")
 def tiny() -> config.Preset:
     return TINY

@@ -112,4 +112,4 @@ def load(folder: pathlib.Path, preset: Preset, vae_params: Any, split: str, coun
             print(f"latents of {split} clips {first} to {first + SHARD - 1} of {count}: {path.name}", flush=True)
         with np.load(path) as shard:
             shards.append({name: shard[name] for name in shard.files})
-    return {name: np.concatenate([shard[name] for shard in shards]) for name in shards[0]}
+    return {name: np.concatenate([shard[name] for shard in shards])[:count] for name in shards[0]}

@@ -1,8 +1,8 @@
 """The demo's ear: log-mel features in place of wav2vec2, two a video frame.
 
-Like wav2vec2's features they know their neighbours and where they stand: each holds the spectra of three moments and the
-phases of slow clocks. Without positions the cross-attention, which does not order its keys, could not tell the moments
-of a segment apart.
+Like wav2vec2's features they know their neighbours and where they stand: each holds the spectra of three moments and
+the phases of slow clocks. Without positions the cross-attention, which does not order its keys, could not tell the
+moments of a segment apart.
 """
 
 import functools

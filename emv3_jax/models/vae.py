@@ -172,7 +172,9 @@ class Upsample(nn.Module):
         if self.time:
             # The clip's first frame passes as it is, and the time convolution never sees it: zeros stand in its place.
             first, rest = (x[:, :1], x[:, 1:]) if cache is None else (x[:, :0], x)
-            y, after["time_conv"] = CausalConv(2 * c, (3, 1, 1), repeat_init, name="time_conv")(rest, (cache or {}).get("time_conv"))
+            y, after["time_conv"] = CausalConv(2 * c, (3, 1, 1), repeat_init, name="time_conv")(
+                rest, (cache or {}).get("time_conv")
+            )
             y = y.reshape(b, -1, h, w, 2, c).transpose(0, 1, 4, 2, 3, 5).reshape(b, -1, h, w, c)
             x = jnp.concatenate([first, y], axis=1)
         conv = nn.Conv(c // 2, (3, 3), padding="SAME", name="conv")

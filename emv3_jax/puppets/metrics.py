@@ -75,7 +75,7 @@ def identity_error(video: np.ndarray, clip: Clip) -> float:
 
 
 def background_drift(video: np.ndarray, clip: Clip) -> float:
-    """Mean change, of 255, of the background's colours from the first ten frames to the last ten, beyond the true one."""
+    """Mean change, of 255, of the background from the first ten frames to the last ten, beyond the true change."""
     true, seen = (np.asarray(x) for x in clip.render(video.shape[1], parts=True))
     pure = (seen[..., 0] > 0.99).all(0)
     change = lambda v: v[-10:].mean(0)[pure] - v[:10].mean(0)[pure]  # noqa: E731

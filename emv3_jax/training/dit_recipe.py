@@ -1,5 +1,6 @@
 """Trains the DiT, with its text and image encoders, on puppets: flow matching over the soup of tasks."""
 
+import dataclasses
 import functools
 import pathlib
 from typing import Any
@@ -13,16 +14,16 @@ from emv3_jax.config import Preset
 from emv3_jax.data import puppet_latents
 from emv3_jax.diffusion import flow
 from emv3_jax.diffusion.phda import PhDAConfig
-from emv3_jax.models.clip import CLIPVision
 from emv3_jax.models.dit import DiT
-from emv3_jax.models.umt5 import UMT5Encoder
-from emv3_jax.pipeline import Pipeline, SamplingOptions, expected_params
+from emv3_jax.pipeline import Pipeline, SamplingOptions, expected_params, init_params
 from emv3_jax.puppets import evaluation
 from emv3_jax.training import losses
 
+TRAINED = ("dit", "text", "image")
+
 
 class DiTRecipe:
-    """See training.loop.Recipe. The parameters are {"dit", "text", "image"}; the VAE's come from `cfg.vae_weights`."""
+    """See training.loop.Recipe. Trains the models named TRAINED; the VAE comes from `cfg.vae_weights`."""
 
     def __init__(self, cfg: Any, preset: Preset):
         self.cfg, self.preset = cfg, preset
@@ -38,18 +39,14 @@ class DiTRecipe:
     def init(self) -> Any:
         if self.cfg.init_from:
             like = expected_params(self.preset)
-            return checkpoint.load_models(self.cfg.init_from, {name: like[name] for name in ("dit", "text", "image")})
-        key = functools.partial(jax.random.fold_in, jax.random.key(self.cfg.seed))
-        preset = self.preset
-        ids = jnp.zeros((1, preset.dit.text_len), jnp.int32)
-        size = preset.image.image_size
-        encoders = {
-            "text": UMT5Encoder(preset.text).init(key(0), ids, jnp.ones(ids.shape))["params"],
-            "image": CLIPVision(preset.image).init(key(1), jnp.zeros((1, size, size, 3)))["params"],
-        }
-        batch = jax.tree.map(lambda x: x[:1], self.batch(1))
-        cond = conditioning.encode(encoders, preset, batch["prepared"], batch["given"])
-        return {"dit": self.dit.init(key(2), batch["latents"], jnp.zeros((1,)), cond)["params"], **encoders}
+            return checkpoint.load_models(self.cfg.init_from, {name: like[name] for name in TRAINED})
+
+        @jax.jit
+        def fresh(key: jax.Array) -> Any:
+            params = init_params(self.preset, key)
+            return {name: params[name] for name in TRAINED}
+
+        return fresh(jax.random.key(self.cfg.seed))
 
     def batch(self, step: int) -> dict[str, Any]:
         cfg = self.cfg
@@ -59,7 +56,7 @@ class DiTRecipe:
         # The VAE is causal: the first latents of a clip are those of a shorter clip.
         latent_frames = (frames - 1) // self.preset.vae.temporal_factor + 1
         ends = {"latents": latent_frames, "given": latent_frames, "audio": 2 * frames}
-        arrays = {name: values[:, : ends.get(name)] for name, values in arrays.items()}
+        arrays = {k: v[:, : ends[k]] if k in ends else v for k, v in arrays.items()}
         arrays = {k: v.astype(np.float32) if v.dtype == np.float16 else v for k, v in arrays.items()}
         names = conditioning.Prepared.__dataclass_fields__
         prepared = conditioning.Prepared(**{name: arrays[name] for name in names})
@@ -72,7 +69,8 @@ class DiTRecipe:
         no_text = jax.random.bernoulli(text_key, self.cfg.drop_text, (batch, 1))
         no_audio = jax.random.bernoulli(audio_key, self.cfg.drop_audio, (batch, 1, 1))
         ids, mask = conditioning.tokenizer(self.preset).encode([""])
-        return prepared.replace(
+        return dataclasses.replace(
+            prepared,
             ids=jnp.where(no_text, ids, prepared.ids),
             text_mask=jnp.where(no_text, mask, prepared.text_mask),
             audio=jnp.where(no_audio, 0.0, prepared.audio),

@@ -51,11 +51,15 @@ def train(recipe: Recipe, cfg: Any, workdir: pathlib.Path) -> int:
     Returns:
       The signal (SIGTERM, SIGINT) that stopped the run before its time, or 0. A stopped run has saved its last step.
     Raises:
-      UserError: when the loss stays non-finite, or no checkpoint of an earlier run can be used.
+      UserError: when the loss stays non-finite, or `workdir` or the checkpoints in it cannot be used.
     """
+    workdir = workdir.resolve()
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--workdir {workdir} cannot be used: {error.strerror}; name a folder") from error
     optimizer = train_state.make_optimizer(cfg)
     state = train_state.init_state(recipe.init(), optimizer)
-    workdir = workdir.resolve()
     options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
     handler = ocp.StandardCheckpointHandler()
     with ocp.CheckpointManager(workdir / "checkpoints", options=options, item_handlers=handler) as checkpoints:
@@ -97,9 +101,9 @@ def _resume(checkpoints: ocp.CheckpointManager, state: TrainState, workdir: path
         print(f"resumed from step {step} in {workdir}", flush=True)
         return restored
     if damaged:
-        error = next(iter(damaged.values()))
+        newest = damaged[max(damaged)]
         raise UserError(
-            f"no checkpoint in {workdir / 'checkpoints'} can be read ({type(error).__name__}: {str(error)[:100]}):"
+            f"no checkpoint in {workdir / 'checkpoints'} can be read ({type(newest).__name__}: {str(newest)[:100]}):"
             " delete that folder to start from nothing, or give another --workdir"
         )
     return state
@@ -113,6 +117,7 @@ def _crank(recipe, cfg, state, step_fn, checkpoints, log) -> tuple[TrainState, i
         for step in itertools.count(first + 1):
             done = step > cfg.steps or received or (cfg.minutes and time.monotonic() - started > 60 * cfg.minutes)
             if done or (step - 1 > first and (step - 1) % cfg.checkpoint_every == 0):
+                watch.look()  # saving waits for the steps anyway
                 if checkpoints.latest_step() != step - 1:
                     checkpoints.save(step - 1, args=ocp.args.StandardSave(state))
             if done:
@@ -129,7 +134,6 @@ def _crank(recipe, cfg, state, step_fn, checkpoints, log) -> tuple[TrainState, i
                 print(f"step {step}  held-out: " + "  ".join(f"{k} {v:.4f}" for k, v in scores.items()), flush=True)
     checkpoints.wait_until_finished()
     report.flush()
-    watch.look(wait=True)
     stopped = received[0] if received and int(state.step) < cfg.steps else 0
     if stopped:
         print(f"stopped by {signal.Signals(stopped).name}; the same command goes on from here", flush=True)
@@ -147,32 +151,32 @@ def _signals() -> Iterator[list[int]]:
 
     def note(number: int, frame: Any) -> None:
         received.append(number)
-        signal.signal(number, before[number])
+        signal.signal(number, before[signal.Signals(number)])
 
-    for number in before:
-        signal.signal(number, note)
+    for name in before:
+        signal.signal(name, note)
     try:
         yield received
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for name, handler in before.items():
+            signal.signal(name, handler)
 
 
 class _Watch:
-    """Notices steps whose loss was not finite, every one of them, without waiting for any."""
+    """Notices every step whose loss was not finite, two steps late, so that the machine never waits for the loop."""
 
     def __init__(self, limit: int):
         self.limit, self.in_a_row = limit, 0
         self.unread: collections.deque[tuple[int, jax.Array]] = collections.deque()
 
     def add(self, step: int, finite: jax.Array) -> None:
-        """Takes note of a step, and looks at those that are finished by now."""
+        """Takes note of a step, and looks at the one before the last."""
         self.unread.append((step, finite))
-        self.look()
+        self.look(leave=2)
 
-    def look(self, wait: bool = False) -> None:
-        """Raises UserError if `limit` steps in a row were not finite. wait: for the steps that still run."""
-        while self.unread and (wait or self.unread[0][1].is_ready()):
+    def look(self, leave: int = 0) -> None:
+        """Raises UserError if `limit` steps in a row were not finite. leave: that many of the newest unread."""
+        while len(self.unread) > leave:
             step, finite = self.unread.popleft()
             self.in_a_row = 0 if finite else self.in_a_row + 1
             if self.in_a_row >= self.limit:

@@ -1,5 +1,6 @@
 """What training carries from step to step, and the one update that changes it."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -7,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
+
+from emv3_jax.errors import UserError
 
 Params = Any
 LossFn = Callable[[Params, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
@@ -22,25 +25,47 @@ class TrainState:
     ema: Params
 
 
-def make_optimizer(cfg) -> optax.GradientTransformation:
-    """AdamW with clipped gradients, linear warm-up and cosine decay.
+def make_schedule(cfg: Any) -> optax.Schedule:
+    """Learning rate by step: each stage of cfg.learning_rates, (up to step, peak), warms up and falls as a cosine.
 
     Args:
-      cfg: learning_rate, warmup_steps, steps, final_lr_share, weight_decay, clip_norm, beta2; optionally `frozen`:
-        names of top-level parameter groups that keep their values.
+      cfg: learning_rates, warmup_steps (of each stage), final_lr_share (of a stage's peak, at its end).
+    Raises:
+      UserError: a stage is no longer than the warm-up.
     """
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, cfg.learning_rate, cfg.warmup_steps, cfg.steps, cfg.learning_rate * cfg.final_lr_share
-    )
+    starts = [0, *(until for until, _ in cfg.learning_rates)]
+    if cfg.warmup_steps < 0 or any(b - a <= cfg.warmup_steps for a, b in itertools.pairwise(starts)):
+        raise UserError(f"config key warmup_steps must be less than the steps of each stage, got {cfg.warmup_steps}")
+    stages = [
+        optax.warmup_cosine_decay_schedule(0.0, peak, cfg.warmup_steps, until - start, peak * cfg.final_lr_share)
+        for start, (until, peak) in zip(starts, cfg.learning_rates, strict=False)
+    ]
+    return optax.join_schedules(stages, starts[1:-1])
+
+
+def make_optimizer(cfg: Any) -> optax.GradientTransformation:
+    """AdamW with clipped gradients.
+
+    Args:
+      cfg: what `make_schedule` reads, weight_decay, clip_norm, beta2; optionally `frozen`: names of top-level parameter
+        groups that keep their values.
+    Raises:
+      UserError: the warm-up is too long, or (when it meets the parameters) a frozen group does not exist.
+    """
     decayed = lambda params: jax.tree.map(lambda p: p.ndim > 1, params)  # noqa: E731
     adamw = optax.chain(
         optax.clip_by_global_norm(cfg.clip_norm),
-        optax.adamw(schedule, b2=cfg.beta2, weight_decay=cfg.weight_decay, mask=decayed),
+        optax.adamw(make_schedule(cfg), b2=cfg.beta2, weight_decay=cfg.weight_decay, mask=decayed),
     )
     frozen = tuple(cfg.get("frozen", ()))
     if not frozen:
         return adamw
-    label = lambda params: {k: "frozen" if k in frozen else "trained" for k in params}  # noqa: E731
+
+    def label(params: Params) -> dict[str, str]:
+        if unknown := set(frozen) - set(params):
+            raise UserError(f"config key frozen: {', '.join(sorted(unknown))} is not among {', '.join(params)}")
+        return {name: "frozen" if name in frozen else "trained" for name in params}
+
     return optax.multi_transform({"trained": adamw, "frozen": optax.set_to_zero()}, label)
 
 

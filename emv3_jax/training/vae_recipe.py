@@ -24,10 +24,11 @@ class VAERecipe:
         self.vae = WanVAE(preset.vae)
 
     def init(self) -> Any:
+        key, video = jax.random.key(self.cfg.seed), jnp.zeros((1, 5, self.cfg.picture, self.cfg.picture, 3))
         if self.cfg.init_from:
-            return checkpoint.load_params(pathlib.Path(self.cfg.init_from) / "vae.safetensors")
-        video = jnp.zeros((1, 5, self.cfg.picture, self.cfg.picture, 3))
-        params = self.vae.init(jax.random.key(self.cfg.seed), video)["params"]
+            like = jax.eval_shape(self.vae.init, key, video)["params"]
+            return checkpoint.load_params(pathlib.Path(self.cfg.init_from) / "vae.safetensors", like)
+        params = jax.jit(self.vae.init)(key, video)["params"]
         # Little noise at first: at a deviation of 1 it would drown the latents until the KL had taught otherwise.
         bias = params["to_moments"]["bias"]
         params["to_moments"]["bias"] = bias.at[bias.size // 2 :].set(-5.0)

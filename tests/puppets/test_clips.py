@@ -10,7 +10,8 @@ from emv3_jax.puppets import clips, law, voice, world
 
 
 def leaves(clip: clips.Clip) -> list:
-    return [np.asarray(leaf) for field in dataclasses.fields(clip) for leaf in jax.tree.leaves(getattr(clip, field.name))]
+    parts = [getattr(clip, field.name) for field in dataclasses.fields(clip)]
+    return [np.asarray(leaf) for part in parts for leaf in jax.tree.leaves(part)]
 
 
 def test_the_same_number_gives_the_same_clip():

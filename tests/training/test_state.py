@@ -1,0 +1,119 @@
+"""One update, worked out by hand where that is possible."""
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+import pytest
+
+from emv3_jax.errors import UserError
+from emv3_jax.training import state as train_state
+
+CFG = {
+    "learning_rates": ((20, 0.1),), "warmup_steps": 2, "final_lr_share": 0.1, "weight_decay": 0.5, "clip_norm": 1.0,
+    "beta2": 0.9,
+}  # fmt: skip
+
+
+def config(**changes) -> ml_collections.ConfigDict:
+    return ml_collections.ConfigDict({**CFG, **changes})
+
+
+def squares(params, batch, key):
+    loss = sum(jnp.sum(jnp.square(leaf - batch)) for leaf in jax.tree.leaves(params))
+    return loss, {"draw": jax.random.uniform(key)}
+
+
+def params() -> dict:
+    return {"head": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones((2,))}, "body": {"kernel": jnp.full((2, 2), 2.0)}}
+
+
+def test_the_moving_average_starts_fast_and_then_keeps_its_decay():
+    """Plain gradient descent at rate 1/2 on |w - target|^2 lands on the target, so every average is known."""
+    step = train_state.make_step(squares, optax.sgd(0.5), ema_decay=0.2, seed=0)
+    state = train_state.init_state({"w": jnp.zeros(())}, optax.sgd(0.5))
+    average = 0.0
+    for i in range(4):
+        state, _ = step(state, float(i + 1))
+        decay = min(0.2, (1 + i) / (10 + i))
+        average = decay * average + (1 - decay) * (i + 1)
+        np.testing.assert_allclose(state.params["w"], i + 1, rtol=1e-6)
+        np.testing.assert_allclose(state.ema["w"], average, rtol=1e-6)
+    assert int(state.step) == 4
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30])  # the last: a finite loss would overflow in the gradient's norm
+def test_a_step_that_is_not_finite_changes_nothing_but_its_number(bad):
+    optimizer = train_state.make_optimizer(config())
+    step = train_state.make_step(squares, optimizer, ema_decay=0.9, seed=0)
+    state, _ = step(train_state.init_state(params(), optimizer), 3.0)
+    before = jax.tree.map(np.array, state)
+    state, metrics = step(state, bad)
+    assert metrics["finite"] == 0.0 and int(state.step) == 2
+    for name in ("params", "opt_state", "ema"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(state, name), getattr(before, name))
+    state, metrics = step(state, 3.0)
+    assert metrics["finite"] == 1.0 and np.any(state.params["head"]["kernel"] != before.params["head"]["kernel"])
+
+
+def test_frozen_groups_keep_their_values_and_the_others_learn():
+    optimizer = train_state.make_optimizer(config(frozen=("body",)))
+    step = train_state.make_step(squares, optimizer, ema_decay=0.9, seed=0)
+    state = train_state.init_state(params(), optimizer)
+    for _ in range(5):
+        state, _ = step(state, 3.0)
+    np.testing.assert_array_equal(state.params["body"]["kernel"], 2.0)
+    np.testing.assert_array_equal(state.ema["body"]["kernel"], 2.0)
+    assert np.all(np.asarray(state.params["head"]["bias"]) > 1.1)
+
+
+def test_a_group_that_is_named_frozen_must_exist():
+    optimizer = train_state.make_optimizer(config(frozen=("bdoy",)))
+    with pytest.raises(UserError, match="frozen: bdoy is not among body, head"):
+        train_state.init_state(params(), optimizer)
+
+
+@pytest.mark.parametrize("warmup", [20, 100, -1])
+def test_a_warm_up_as_long_as_a_stage_is_refused(warmup):
+    with pytest.raises(UserError, match="warmup_steps must be less than the steps of each stage, got"):
+        train_state.make_optimizer(config(learning_rates=((30, 0.1), (50, 0.2)), warmup_steps=warmup))
+
+
+def test_each_stage_of_the_learning_rate_warms_up_to_its_peak_and_falls():
+    rate = train_state.make_schedule(config(learning_rates=((10, 0.1), (30, 0.5))))
+    rates = [float(rate(step)) for step in range(40)]
+    np.testing.assert_allclose([rates[0], rates[1], rates[2]], [0.0, 0.05, 0.1], rtol=1e-6)
+    np.testing.assert_allclose([rates[10], rates[11], rates[12]], [0.0, 0.25, 0.5], rtol=1e-6)
+    assert np.all(np.diff(rates[2:10]) < 0) and np.all(np.diff(rates[12:30]) < 0)
+    np.testing.assert_allclose(rates[6], 0.1 * (0.1 + 0.9 / 2), rtol=1e-6)  # half way down
+    np.testing.assert_allclose(rates[30:], 0.5 * 0.1, rtol=1e-6)  # and stays there
+
+
+def test_weights_decay_and_biases_do_not():
+    optimizer = train_state.make_optimizer(config(warmup_steps=0))
+    step = train_state.make_step(lambda p, b, k: (0.0 * squares(p, b, k)[0], {}), optimizer, ema_decay=0.9, seed=0)
+    state, _ = step(train_state.init_state(params(), optimizer), 3.0)
+    np.testing.assert_allclose(state.params["head"]["kernel"], 1 - 0.1 * 0.5, rtol=1e-5)
+    np.testing.assert_array_equal(state.params["head"]["bias"], 1.0)
+
+
+def test_every_step_and_every_seed_draws_its_own_numbers():
+    def draws(seed):
+        optimizer = train_state.make_optimizer(config())
+        step = train_state.make_step(squares, optimizer, ema_decay=0.9, seed=seed)
+        state, drawn = train_state.init_state(params(), optimizer), []
+        for _ in range(3):
+            state, metrics = step(state, 1.0)
+            drawn.append(float(metrics["draw"]))
+        return drawn
+
+    first = draws(0)
+    assert first == draws(0)
+    assert len({*first, *draws(1)}) == 6
+
+
+def test_master_weights_are_float32():
+    optimizer = train_state.make_optimizer(config())
+    state = train_state.init_state({"w": np.ones((2, 2), np.float16)}, optimizer)
+    assert state.params["w"].dtype == state.ema["w"].dtype == jnp.float32
