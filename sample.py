@@ -44,11 +44,12 @@ def main(arguments: list[str]) -> int:
         sheet = media.check_writable(sheet, (".png",))
     if not 0 <= options.seed < 2**32:
         raise UserError(f"--seed must be between 0 and {2**32 - 1}, got {options.seed}")
+    face = parse_face(options.face)
     command_line.setup_compile_cache()
 
     from emv3_jax import demo, pipeline  # JAX starts here: bad arguments were told by now
 
-    request = demo.fill(options.image, options.audio, options.prompt, parse_face(options.face), options.seed, cfg)
+    request = demo.fill(options.image, options.audio, options.prompt, face, options.seed, cfg)
     sampling = pipeline.SamplingOptions(**cfg.sampling)
     ready = pipeline.read_request(request, demo.preset(cfg))
     for note in ready.notes:

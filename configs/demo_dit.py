@@ -19,18 +19,18 @@ def get_config() -> ml_collections.ConfigDict:
             "clips": 640,
             "clip_frames": 125,
             "stages": (  # up to step, first frames of a clip, clips in a batch
-                (1500, 61, 12),
-                (2100, 125, 8),
+                (1300, 61, 12),
+                (1700, 125, 8),
             ),
             # loss
-            "drop_text": 0.1,
-            "drop_audio": 0.12,
+            "drop_both": 0.1,  # prompt and voice
+            "drop_audio": 0.1,  # the voice alone
             "shift": 2.0,
             "timesteps": "uniform",
             "motion_gain": 2.0,
             # optimizer
-            "steps": 2100,
-            "learning_rates": ((2100, 1.5e-3),),  # up to step, peak
+            "steps": 1700,
+            "learning_rates": ((1700, 1.5e-3),),  # up to step, peak
             "warmup_steps": 100,
             "final_lr_share": 0.03,
             "weight_decay": 0.01,
@@ -45,7 +45,7 @@ def get_config() -> ml_collections.ConfigDict:
             "minutes": 0.0,
             "bad_steps": 3,
             "log_every": 20,
-            "eval_every": 700,
+            "eval_every": 600,
             "checkpoint_every": 250,
             "export_dtype": "float16",
         }

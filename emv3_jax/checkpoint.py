@@ -22,7 +22,7 @@ def save_params(path: pathlib.Path, params: Mapping, dtype: str = "float32"):
       dtype: of the floating arrays in the file.
     """
     flat = traverse_util.flatten_dict(dict(params), sep="/")
-    arrays = {name: np.ascontiguousarray(np.asarray(value).astype(dtype)) for name, value in flat.items()}
+    arrays = {name: np.asarray(value).astype(dtype, order="C") for name, value in flat.items()}
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")

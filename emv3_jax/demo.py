@@ -40,7 +40,15 @@ def portrait(index: int, size: int) -> np.ndarray:
 
 
 def fill(image: str | None, audio: str | None, prompt: str | None, face: Any, seed: int, cfg: Any) -> Request:
-    """The request of a command line, with the demo's own puppet, sentence and prompt where it is silent."""
+    """The request of a command line, with the demo's own puppet, sentence and prompt where it is silent.
+
+    Raises:
+      UserError: for config keys out of range.
+    """
+    if "puppet" not in cfg:
+        raise UserError("this config is not for sampling (it has no key puppet): give configs/demo.py")
+    if not 1 <= cfg.enlarge <= 60:
+        raise UserError(f"config key enlarge must be from 1 to 60, got {cfg.enlarge}")
     return Request(
         image=portrait(cfg.puppet, preset(cfg).height) if image is None else image,
         audio=SENTENCE if audio is None else audio,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -90,7 +91,8 @@ class Result:
 
 def frames_for(seconds: float, limit: int) -> int:
     """The largest 4k + 1 frames that the sound fills, at least 5 and at most `limit`."""
-    return int(np.clip((int(seconds * FPS) - 1) // 4 * 4 + 1, 5, limit))
+    whole = int(seconds * FPS + 1e-6)  # 1.16 s are 29 frames, though 1.16 * 25 comes out below 29
+    return int(np.clip((whole - 1) // 4 * 4 + 1, 5, limit))
 
 
 def read_request(request: Request, preset: Preset) -> Ready:
@@ -108,21 +110,25 @@ def read_request(request: Request, preset: Preset) -> Ready:
     tokenizer.encode([request.prompt])
     if unknown := tokenizer.unknown(request.prompt):
         notes.append(f"the demo does not know the words {', '.join(unknown)}; it knows {', '.join(tokenizer.words)}")
-    if isinstance(request.image, np.ndarray):
-        image = request.image
-    else:
+    if isinstance(request.image, str | os.PathLike):
         image, more = media.load_image(request.image)
         notes += more
+    else:
+        image = np.asarray(request.image)
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise UserError(f"image must be a path or uint8 [H, W, 3], got {image.dtype} {image.shape}")
     box, (height, width) = request.face, image.shape[:2]
     image, note = media.fit_image(image, preset.height, preset.width)
     notes += [note] if note else []
     if box is not None:
         box = fit_box(box, height, width, preset.height, preset.width)
-    if isinstance(request.audio, np.ndarray):
-        wave = request.audio
-    else:
+    if isinstance(request.audio, str | os.PathLike):
         wave, more = media.load_audio(request.audio, RATE)
         notes += more
+    else:
+        wave = np.asarray(request.audio)
+        if wave.dtype.kind != "f" or wave.ndim != 1 or not wave.size or not np.isfinite(wave).all():
+            raise UserError(f"audio must be a path or finite floats [n] at 16 kHz, got {wave.dtype} {wave.shape}")
     frames = request.frames or frames_for(len(wave) / RATE, preset.max_frames)
     if frames % 4 != 1 or not 5 <= frames <= preset.max_frames:
         raise UserError(f"frames must be 4k + 1 between 5 and {preset.max_frames}, got {frames}")
@@ -141,17 +147,18 @@ def fit_box(box: tuple[float, float, float, float], height: int, width: int, to_
     """A box (y1, y2, x1, x2) of a height x width image, after `media.fit_image` to another size.
 
     Raises:
-      UserError: the box is empty or lies outside the image.
+      UserError: the box is empty, or lies outside the image or in what is cut off.
     """
     y1, y2, x1, x2 = box
     if not (0 <= y1 < y2 <= height and 0 <= x1 < x2 <= width):
         raise UserError(f"the face box {box} (y1, y2, x1, x2) is empty or outside the {height} x {width} image")
     scale = max(to_height / height, to_width / width)
     top, left = (height * scale - to_height) / 2, (width * scale - to_width) / 2
-    return (
-        max(y1 * scale - top, 0.0), min(y2 * scale - top, to_height - 1.0),
-        max(x1 * scale - left, 0.0), min(x2 * scale - left, to_width - 1.0),
-    )  # fmt: skip
+    y1, y2 = (float(np.clip(y * scale - top, 0, to_height - 1)) for y in (y1, y2))
+    x1, x2 = (float(np.clip(x * scale - left, 0, to_width - 1)) for x in (x1, x2))
+    if y1 == y2 or x1 == x2:
+        raise UserError(f"the face box {box} lies in the part of the {height} x {width} image that is cut off")
+    return y1, y2, x1, x2
 
 
 class Pipeline:

@@ -5,10 +5,12 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from flax import traverse_util
 
 from convert import __main__ as command
-from convert import dit, engine, parity
+from convert import dit, engine, parity, vae
 from convert.engine import ConversionError, Ignore, Rule, Table, linear_rules
+from emv3_jax.config import VAEConfig
 from emv3_jax.errors import UserError
 
 ROOT = Path(__file__).parent / "golden"
@@ -196,6 +198,22 @@ def test_command_line_there_and_back(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "blocks.0.ffn.0.weight  F32  [96, 48]" in printed
     assert f"{len(tensors)} of them are keys of dit-preview" in printed
+
+
+def test_command_line_converts_a_vae_of_another_size(tmp_path):
+    cfg = VAEConfig(width=4, res_blocks=1)
+    shapes = traverse_util.flatten_dict(vae.target_tree(cfg), sep="/")
+    rng = np.random.default_rng(0)
+    params = {path: rng.standard_normal(leaf.shape).astype(np.float32) for path, leaf in shapes.items()}
+    source, torch_file, back = (tmp_path / name for name in ("a.safetensors", "b.safetensors", "c.safetensors"))
+    engine.write_safetensors(source, params)
+    model = ["--model", "vae", "--set", "width=4", "--set", "res_blocks=1"]
+    assert command.main(["to-torch", *model, str(source), str(torch_file)]) == 0
+    assert engine.read_safetensors(torch_file)["decoder.upsamples.2.resample.1.weight"].shape == (8, 16, 3, 3)
+    assert command.main(["to-jax", *model, str(torch_file), str(back)]) == 0
+    restored = engine.read_safetensors(back)
+    assert restored.keys() == params.keys()
+    assert all(np.array_equal(restored[path], params[path]) for path in params)
 
 
 def test_command_line_errors_exit_2_with_one_clear_line(tmp_path, capsys):

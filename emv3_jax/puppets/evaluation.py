@@ -15,17 +15,19 @@ from emv3_jax.training import pictures
 BATCH = 8
 
 
+def means(rows: list[dict[str, float]]) -> dict[str, float]:
+    """Mean of every measure over the clips that have it, but the median of the offset."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    values = {name: [row[name] for row in rows if name in row] for name in names}
+    return {name: float((np.median if name == "offset" else np.mean)(some)) for name, some in values.items()}
+
+
 @dataclasses.dataclass(frozen=True)
 class Scored:
     """Scores of clips, one row each, and the videos of the first few: (true, generated) pairs [F, H, W, 3]."""
 
     rows: list[dict[str, float]]
     videos: list[tuple[np.ndarray, np.ndarray]]
-
-    def means(self) -> dict[str, float]:
-        """Mean of every measure, but the median of the offset."""
-        names = self.rows[0]
-        return {n: float((np.median if n == "offset" else np.mean)([row[n] for row in self.rows])) for n in names}
 
     def strip(self, count: int) -> np.ndarray:
         """Film strips of the first `count` pairs, true above generated: [h, w, 3] uint8."""

@@ -108,7 +108,7 @@ def score_clip(video: np.ndarray, clip: Clip, other_mouth: np.ndarray | None = N
     motion = shown_motion(video, clip)
     shown = clip.with_motion(motion)
     height = mouth_height(video, shown)
-    value, offset = sync(height, clip.mouth[:, 0])
+    value, offset = sync(height[1:], clip.mouth[1:, 0])  # frame 0 was given, and may be at rest whatever is said
     scores = {
         "sync": value,
         "offset": float(offset),
@@ -118,5 +118,5 @@ def score_clip(video: np.ndarray, clip: Clip, other_mouth: np.ndarray | None = N
         "psnr": psnr(video, np.asarray(clip.render(video.shape[1]))),
     }
     if other_mouth is not None:
-        scores["sync_other"] = correlation(height, other_mouth[:, 0])
+        scores["sync_other"] = correlation(height[1:], other_mouth[1:, 0])
     return scores

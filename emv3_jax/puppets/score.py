@@ -44,9 +44,9 @@ def recording_clips(path: pathlib.Path, frames: int, first_index: int) -> list[c
 
 
 def score_weights(
-    pipe: Pipeline, options: SamplingOptions, count: int, frames: int, recordings: list[pathlib.Path]
+    pipe: Pipeline, options: SamplingOptions, count: int, frames: int, spoken: dict[str, list[clips.Clip]]
 ) -> dict[str, list[dict[str, float]]]:
-    """Rows of the table: name -> scores of each clip."""
+    """Rows of the table: name -> scores of each clip. spoken: clips of recordings, by the name of their row."""
     size = pipe.preset.height
     true = lambda batch, _: np.stack([np.asarray(clip.render(size)) for clip in batch])  # noqa: E731
     made = lambda batch, first: evaluation.generate_batch(pipe, options, batch, seed=first)  # noqa: E731
@@ -56,19 +56,7 @@ def score_weights(
         "true video": _by_batches(true, held_out),
         "through the VAE": _by_batches(lambda batch, _: evaluation.through_codec(pipe, true(batch, _)), held_out),
     }
-    for number, path in enumerate(recordings):
-        spoken = recording_clips(path, frames, 100_000 + 100 * number)
-        table[path.stem] = _by_batches(made, spoken)
-    return table
-
-
-def summary(rows: list[dict[str, float]]) -> dict[str, float]:
-    """Mean of every measure (median of the offset) over the clips that have it."""
-    out = {}
-    for name in COLUMNS:
-        values = [row[name] for row in rows if name in row]
-        out[name] = float((np.median if name == "offset" else np.mean)(values)) if values else float("nan")
-    return {"clips": len(rows), **out}
+    return table | {name: _by_batches(made, some) for name, some in spoken.items()}
 
 
 def main(arguments: list[str]) -> int:
@@ -83,16 +71,18 @@ def main(arguments: list[str]) -> int:
     if options.clips < 1 or options.frames % 4 != 1 or options.frames < 13:
         raise UserError("--clips must be at least 1, and --frames 4k + 1 and at least 13")
     target = media.check_writable(options.json, (".json",)) if options.json else None
-    for path in options.recordings:
-        media.load_audio(path, RATE)
+    spoken = {
+        path.stem: recording_clips(path, options.frames, 100_000 + 100 * number)
+        for number, path in enumerate(options.recordings)
+    }
     command_line.setup_compile_cache()
     pipe = load_pipeline(cfg.preset, options.weights or cfg.weights or None)
     sampling = SamplingOptions(**cfg.sampling)
-    table = score_weights(pipe, sampling, options.clips, options.frames, options.recordings)
-    means = {name: summary(rows) for name, rows in table.items()}
+    table = score_weights(pipe, sampling, options.clips, options.frames, spoken)
+    means = {name: {"clips": len(rows), **evaluation.means(rows)} for name, rows in table.items()}
     print(f"{'':18}{'clips':>7}" + "".join(f"{name:>12}" for name in COLUMNS))
     for name, row in means.items():
-        print(f"{name:18}{row['clips']:7d}" + "".join(f"{row[column]:12.3f}" for column in COLUMNS))
+        print(f"{name:18}{row['clips']:7d}" + "".join(f"{row.get(column, np.nan):12.3f}" for column in COLUMNS))
     if target:
         with media.atomic_path(target) as path:
             path.write_text(json.dumps({"means": means, "clips": table}, indent=1))

@@ -53,7 +53,8 @@ class DiTRecipe:
         _, frames, size = next((stage for stage in cfg.stages if step <= stage[0]), cfg.stages[-1])
         picked = np.random.default_rng([cfg.seed, step]).choice(cfg.clips, size=size, replace=False)
         arrays = {name: values[picked] for name, values in self._clips.items()}
-        # The VAE is causal: the first latents of a clip are those of a shorter clip.
+        # The VAE is causal: the first latents of a clip are those of a shorter clip. (Cut, FLF2V loses its given last
+        # frame and is I2V; in the stage of whole clips it is itself.)
         latent_frames = (frames - 1) // self.preset.vae.temporal_factor + 1
         ends = {"latents": latent_frames, "given": latent_frames, "audio": 2 * frames}
         arrays = {k: v[:, : ends[k]] if k in ends else v for k, v in arrays.items()}
@@ -63,11 +64,10 @@ class DiTRecipe:
         return {"latents": arrays["latents"], "given": arrays["given"], "prepared": prepared}
 
     def _dropped(self, prepared: conditioning.Prepared, key: jax.Array) -> conditioning.Prepared:
-        """Some samples lose their prompt, some their voice, so that guidance has something to compare with."""
-        batch = prepared.ids.shape[0]
-        text_key, audio_key = jax.random.split(key)
-        no_text = jax.random.bernoulli(text_key, self.cfg.drop_text, (batch, 1))
-        no_audio = jax.random.bernoulli(audio_key, self.cfg.drop_audio, (batch, 1, 1))
+        """Some samples lose their voice, some their prompt too: just the branches that guidance compares."""
+        drawn = jax.random.uniform(key, (prepared.ids.shape[0], 1))
+        no_text = drawn < self.cfg.drop_both
+        no_audio = (drawn < self.cfg.drop_both + self.cfg.drop_audio)[..., None]
         ids, mask = conditioning.tokenizer(self.preset).encode([""])
         return dataclasses.replace(
             prepared,
@@ -95,7 +95,8 @@ class DiTRecipe:
         pipeline = Pipeline(self.preset, {**params, "vae": self.vae_params})
         options = SamplingOptions(**self.cfg.sampling)
         result = evaluation.generate_and_score(pipeline, options, self.cfg.eval_clips, self.cfg.eval_frames)
-        return {f"heldout_{name}": value for name, value in result.means().items()}, {"true_and_made": result.strip(4)}
+        means = evaluation.means(result.rows)
+        return {f"heldout_{name}": value for name, value in means.items()}, {"true_and_made": result.strip(4)}
 
     def export(self, params: Any, folder: pathlib.Path) -> None:
         """The whole pipeline's weights, the VAE's included, in the form that the package ships."""

@@ -16,6 +16,8 @@ def build(cfg: Any) -> Any:
     Raises:
       UserError: for a recipe or preset that does not exist.
     """
+    if "recipe" not in cfg:
+        raise UserError("this config has no key recipe, so it is not for training: give another, see configs/")
     if cfg.recipe not in RECIPES:
         raise UserError(f"config key recipe: {cfg.recipe!r} is none of {', '.join(sorted(RECIPES))}")
     if cfg.preset not in PRESETS:

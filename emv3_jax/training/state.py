@@ -12,6 +12,7 @@ from flax import struct
 from emv3_jax.errors import UserError
 
 Params = Any
+STEP_STREAM = 2**31  # sets the keys of steps apart from those that initialise parameters
 LossFn = Callable[[Params, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
 
 
@@ -78,13 +79,13 @@ def init_state(params: Params, optimizer: optax.GradientTransformation) -> Train
 def make_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, ema_decay: float, seed: int):
     """The compiled update (state, batch) -> (state, metrics); the old state's memory is reused.
 
-    The step's random key is fold_in(seed, step), so a resumed run draws what an uninterrupted one would have drawn.
+    The random key is a function of seed and step, so a resumed run draws what an uninterrupted one would have drawn.
     The moving average starts fast: its decay is min(ema_decay, (1 + step) / (10 + step)). A step whose loss or
     gradient is not finite changes nothing but the step number; its metrics say `finite` = 0.
     """
 
     def update(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), STEP_STREAM), state.step)
         (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch, key)
         norm = optax.global_norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)

@@ -8,6 +8,8 @@ import pytest
 
 from emv3_jax.puppets import clips, law, voice, world
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 
 def leaves(clip: clips.Clip) -> list:
     parts = [getattr(clip, field.name) for field in dataclasses.fields(clip)]

@@ -19,6 +19,10 @@ def test_silence_closes_the_mouth():
     np.testing.assert_allclose(mouth[:, 1], 0.5, atol=1e-6)
 
 
+def test_dither_is_silence():
+    assert law.mouth_law(1e-5 * NOISE, FRAMES)[:, 0].max() < 0.01
+
+
 def test_louder_opens_wider():
     steps = np.repeat([0.02, 0.1, 0.4, 1.0], RATE // 2)
     heights = law.mouth_law(steps * NOISE, FRAMES)[[6, 18, 31, 44], 0]

@@ -8,6 +8,7 @@ import pytest
 
 from emv3_jax.puppets import clips, metrics, world
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
 SIZE, FRAMES = 64, 29
 
 

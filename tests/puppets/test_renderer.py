@@ -8,6 +8,7 @@ import pytest
 
 from emv3_jax.puppets import renderer, world
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
 SIZE = 32
 WHO = world.sample_identity("train", 3)
 
@@ -74,8 +75,11 @@ def test_zoom_enlarges_and_keeps_the_middle_of_the_face():
 def test_edges_are_smooth_at_every_size():
     """A picture twice as large, averaged, is nearly the small one: nothing depends on where pixels fall."""
     pose = pose_of([0.6], motion="still", camera="fixed")
-    small = np.asarray(renderer.render_clip(WHO, pose, SIZE, SIZE))
-    large = np.asarray(renderer.render_clip(WHO, pose, 2 * SIZE, 2 * SIZE))
+    (small, seen), (large, seen_large) = (
+        map(np.asarray, renderer.render_clip(WHO, pose, size, size, parts=True)) for size in (SIZE, 2 * SIZE)
+    )
+    mixed, mixed_large = (np.mean(((s > 0.01) & (s < 0.99)).any(-1)) for s in (seen, seen_large))
+    assert mixed_large < 0.65 * mixed, "an edge is one pixel wide at any size"
     assert np.abs(small - large.reshape(1, SIZE, 2, SIZE, 2, 3).mean((2, 4))).mean() < 0.02
 
 

@@ -169,10 +169,11 @@ def test_a_damaged_checkpoint_is_moved_aside_and_the_one_before_is_used(tmp_path
         if path.is_file():
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     capsys.readouterr()
-    loop.train(Quadratic(), config(), tmp_path)
+    loop.train(Quadratic(before_batch=stop_at(7)), config(), tmp_path)  # whose place the new step 7 can take
     out = capsys.readouterr().out
     assert "checkpoint of step 7 is damaged and was moved to" in out and "resumed from step 5" in out
-    assert (tmp_path / "damaged_checkpoint_7").is_dir()
+    assert (tmp_path / "damaged_checkpoint_7").is_dir() and last_state(tmp_path)[0] == 7
+    loop.train(Quadratic(), config(), tmp_path)
     assert_same_run(tmp_path, whole)
 
 

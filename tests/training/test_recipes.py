@@ -147,16 +147,16 @@ def test_dit_and_its_encoders_learn(dit):
 def test_dropped_conditions_are_silence_and_the_empty_prompt(dit):
     prepared = dit.batch(7)["prepared"]
     with dit.cfg.unlocked():
-        rates = dit.cfg.drop_text, dit.cfg.drop_audio
-        dit.cfg.drop_text, dit.cfg.drop_audio = 1.0, 0.0
+        rates = dit.cfg.drop_both, dit.cfg.drop_audio
+        dit.cfg.drop_both, dit.cfg.drop_audio = 1.0, 0.0
         no_text = dit._dropped(prepared, jax.random.key(0))
-        dit.cfg.drop_text, dit.cfg.drop_audio = 0.0, 1.0
+        dit.cfg.drop_both, dit.cfg.drop_audio = 0.0, 1.0
         no_audio = dit._dropped(prepared, jax.random.key(0))
-        dit.cfg.drop_text, dit.cfg.drop_audio = rates
+        dit.cfg.drop_both, dit.cfg.drop_audio = rates
     ids, mask = conditioning.tokenizer(dit.preset).encode(["", ""])
     np.testing.assert_array_equal(no_text.ids, ids)
     np.testing.assert_array_equal(no_text.text_mask, mask)
-    np.testing.assert_array_equal(no_text.audio, prepared.audio)
+    np.testing.assert_array_equal(no_text.audio, np.zeros_like(prepared.audio))
     np.testing.assert_array_equal(no_audio.ids, prepared.ids)
     assert not np.any(no_audio.audio)
 

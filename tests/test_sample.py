@@ -1,0 +1,243 @@
+"""The command lines: every mistake is one line and exit status 2, at once, and nothing half-written is left behind."""
+
+import pathlib
+import re
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import soundfile
+from PIL import Image
+
+import sample
+import train
+from emv3_jax import checkpoint, command_line, config, demo, media, pipeline
+from emv3_jax.errors import UserError
+from emv3_jax.training import dit_recipe, loop, recipes, vae_recipe
+from emv3_jax.training import state as train_state
+
+ROOT = pathlib.Path(__file__).parents[1]
+CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")
+DEMO_CONFIG = ROOT / "configs" / "demo.py"
+
+
+@pytest.fixture(autouse=True)
+def no_compile_cache(monkeypatch, tmp_path_factory):
+    """Tests leave the user's cache alone."""
+    monkeypatch.setattr(command_line, "setup_compile_cache", lambda: None)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture
+def files(tmp_path) -> pathlib.Path:
+    """A folder with good and bad inputs."""
+    Image.fromarray(np.full((64, 64, 3), 99, np.uint8)).save(tmp_path / "good.png")
+    soundfile.write(tmp_path / "good.wav", np.zeros(3200), 16000)
+    (tmp_path / "empty.png").write_bytes(b"")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "good.png").read_bytes()[:60])
+    (tmp_path / "text.wav").write_text("these are words, not sound")
+    (tmp_path / "folder.png").mkdir()
+    return tmp_path
+
+
+BAD = {
+    "missing image": (["--image", "none.png"], "image none.png does not exist"),
+    "directory as image": (["--image", "folder.png"], "image folder.png is a directory"),
+    "empty image": (["--image", "empty.png"], "image empty.png is empty"),
+    "cut image": (["--image", "cut.png"], "image cut.png"),
+    "sound as image": (["--image", "good.wav"], "image good.wav cannot be read as a picture"),
+    "missing sound": (["--audio", "none.wav"], "recording none.wav does not exist"),
+    "text as sound": (["--audio", "text.wav"], "recording text.wav cannot be read as sound"),
+    "picture as sound": (["--audio", "good.png"], "recording good.png"),
+    "empty prompt": (["--prompt", "  "], "the prompt is empty"),
+    "long prompt": (["--prompt", "puppet " * 99], "has 99 words"),
+    "three numbers of a face": (["--face", "1,2,3"], "--face must be four numbers y1,y2,x1,x2 in pixels, got '1,2,3'"),
+    "face of words": (["--face", "a,b,c,d"], "--face must be four numbers"),
+    "face outside": (["--face", "0,80,0,80"], "face box (0.0, 80.0, 0.0, 80.0) (y1, y2, x1, x2) is empty or outside"),
+    "seed of letters": (["--seed", "x"], "--seed: invalid int value: 'x'"),
+    "negative seed": (["--seed", "-1"], "--seed must be between 0 and"),
+    "seed too large": (["--seed", str(2**32)], "--seed must be between 0 and"),
+    "unknown option": (["--imgae", "good.png"], "unknown option --imgae: did you mean --image"),
+    "option without value": (["--image"], "--image: expected one argument"),
+    "unknown key": (["--config.sampling.step=3"], "unknown option --config.sampling.step: did you mean"),
+    "key of the wrong type": (["--config.sampling.steps=few"], "--config.sampling.steps=few: the value must be"),
+    "no steps": (["--config.sampling.steps=0"], "steps must be at least 1"),
+    "unknown preset": (["--config.preset=huge"], "config key preset: 'huge' is none of demo"),
+    "impossible length": (["--config.frames=50"], "frames must be 4k + 1 between 5 and 125, got 50"),
+    "too small": (["--config.enlarge=0"], "config key enlarge must be from 1 to 60, got 0"),
+    "missing weights": (["--config.weights=none"], "no weights at none/"),
+    "a config for training": (["--config", str(ROOT / "configs" / "demo_vae.py")], "this config is not for sampling"),
+    "missing config": (["--config", "none.py"], "config file none.py does not exist"),
+    "wrong ending": (["--out", "talk.avi"], "output talk.avi must end in .mp4"),
+    "directory as output": (["--out", "folder.png"], "output folder.png is a directory"),
+    "output below a file": (["--out", "good.png/talk.mp4"], "output good.png/talk.mp4 lies under good.png"),
+    "wrong ending of the sheet": (["--sheet", "sheet.jpg"], "output sheet.jpg must end in .png"),
+}
+
+
+def arguments(words: list[str]) -> list[str]:
+    """Good values for whatever `words` do not say."""
+    good = {"--config": str(DEMO_CONFIG), "--image": "good.png", "--audio": "good.wav", "--out": "talk.mp4"}
+    return [*(f"{name}={value}" for name, value in good.items() if name not in words), *words]
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_mistake_is_one_line(name, files, monkeypatch, capsys):
+    words, message = BAD[name]
+    monkeypatch.chdir(files)
+    before = sorted(files.rglob("*"))
+    assert command_line.run_main(sample.main, arguments(words)) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
+    assert sorted(files.rglob("*")) == before
+
+
+def test_what_is_not_given_is_the_demos_own():
+    cfg = command_line.load_config(DEMO_CONFIG)
+    request = demo.fill(None, None, None, None, 5, cfg)
+    assert request.prompt == cfg.prompt and request.seed == 5 and request.frames is None
+    ready = pipeline.read_request(request, config.DEMO)
+    assert ready.image.shape == (64, 64, 3) and ready.image.std() > 20
+    assert not any("does not know" in note for note in ready.notes)
+    given = demo.fill("a.png", "a.wav", "A puppet nods.", (0, 1, 2, 3), 0, cfg)
+    assert (given.image, given.audio, given.prompt, given.face) == ("a.png", "a.wav", "A puppet nods.", (0, 1, 2, 3))
+    with pytest.raises(UserError, match="config key puppet must be 0 or more, got -1"):
+        demo.portrait(-1, 64)
+
+
+@pytest.fixture
+def tiny_words(files, tiny, tiny_pipeline, monkeypatch) -> list[str]:
+    """A command line that works, of a preset that takes seconds."""
+    monkeypatch.setitem(config.PRESETS, "tiny", tiny)
+    monkeypatch.chdir(files)
+    checkpoint.save_models(files / "weights", tiny_pipeline.params)
+    words = ["--config.preset=tiny", "--config.weights=weights", "--config.sampling.steps=1", "--sheet=sheet.png"]
+    return arguments([*words, "--config.enlarge=2", "--prompt=A puppet nods."])
+
+
+@pytest.mark.usefixtures("quick_compile")
+def test_a_video_and_a_sheet_are_made(tiny_words, files, capsys):
+    assert command_line.run_main(sample.main, tiny_words) == 0
+    captured = capsys.readouterr()
+    assert "note: image 64x64 is scaled to 32x32" in captured.out
+    assert "wrote talk.mp4 and sheet.png: 5 frames, 0.20 s of video" in captured.out
+    frames, fps, wave = media.read_video(files / "talk.mp4")
+    assert frames.shape == (5, 64, 64, 3) and fps == 25 and wave is not None
+    assert media.load_image(files / "sheet.png")[0].size > 0
+
+
+@pytest.mark.usefixtures("quick_compile")
+@pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt(), 130), (UserError("the disk is full"), 2)])
+def test_what_breaks_off_leaves_nothing(tiny_words, files, monkeypatch, capsys, error, status):
+    before = sorted(files.rglob("*"))
+    writes = []
+
+    def break_off(self, frames):
+        writes.append(len(frames))
+        if len(writes) == 2:
+            raise error
+
+    monkeypatch.setattr(media.VideoWriter, "write", break_off)
+    assert command_line.run_main(sample.main, tiny_words) == status
+    assert writes == [1, 4] and sorted(files.rglob("*")) == before
+
+
+def test_output_in_a_folder_that_cannot_be_written(files, monkeypatch, capsys):
+    def refused(self, *args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.chdir(files)
+    monkeypatch.setattr(pathlib.Path, "touch", refused)
+    assert command_line.run_main(sample.main, arguments([])) == 2
+    assert capsys.readouterr().err == "error: output talk.mp4 cannot be written: permission denied\n"
+
+
+@pytest.mark.parametrize("words", [["--seed", "-1"], ["--image", "none.png"], ["--help"]])
+def test_the_script_itself(words, files):
+    """As a user runs it: no traceback, and bad arguments are told before JAX has started."""
+    started = time.monotonic()
+    script = [sys.executable, str(ROOT / "sample.py"), *arguments(words)]
+    run = subprocess.run(script, capture_output=True, text=True, cwd=files, timeout=120)
+    assert time.monotonic() - started < 60  # seconds are normal; a busy machine takes longer
+    if words == ["--help"]:
+        assert run.returncode == 0 and "--image" in run.stdout and run.stderr == ""
+    else:
+        assert run.returncode == 2 and run.stdout == ""
+        assert run.stderr.startswith("error: ") and run.stderr.count("\n") == 1
+
+
+def test_import_alone_does_not_start_jax():
+    """What makes --help and spelling mistakes quick."""
+    code = "import sys, sample, train, emv3_jax; print('jax' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert run.stdout == "False\n", run.stderr
+
+
+TRAIN_BAD = {
+    "no workdir": (["--config=demo_vae.py"], "--workdir"),
+    "no config": (["--workdir=run"], "--config"),
+    "unknown recipe": (["--config=demo_vae.py", "--workdir=run", "--config.recipe=gan"], "config key recipe: 'gan'"),
+    "unknown preset": (["--config=demo_vae.py", "--workdir=run", "--config.preset=x"], "config key preset: 'x'"),
+    "not for training": (["--config=demo.py", "--workdir=run"], "not for training"),
+    "missing VAE": (["--config=demo_dit.py", "--workdir=run", "--config.vae_weights=none"], "no weights at none"),
+    "missing start": (["--config=demo_vae.py", "--workdir=run", "--config.init_from=none"], "no weights at none/"),
+    "long warm-up": (["--config=demo_vae.py", "--workdir=run", "--config.warmup_steps=10000"], "key warmup_steps must"),
+    "workdir below a file": (["--config=demo_vae.py", "--workdir=file/run"], "--workdir"),
+}
+
+
+@pytest.mark.parametrize("name", TRAIN_BAD)
+def test_a_mistake_in_training_is_one_line(name, tmp_path, monkeypatch, capsys):
+    words, message = TRAIN_BAD[name]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    words = [word.replace("--config=", f"--config={ROOT}/configs/") for word in words]
+    assert command_line.run_main(train.main, words) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.startswith("error: ") and err.count("\n") == 1
+
+
+# Configs
+
+
+def keys_read_by(*modules) -> set[str]:
+    """Names x in `cfg.x` in the source of modules."""
+    sources = [pathlib.Path(module.__file__).read_text() for module in modules]
+    return {name for source in sources for name in re.findall(r"\bcfg\.(\w+)", source)} - {"get"}
+
+
+SHARED = (loop, train_state, recipes)
+READERS = {"vae": (vae_recipe, *SHARED), "dit": (dit_recipe, *SHARED), None: (demo, sample)}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_has_the_keys_that_are_read_and_no_others(path):
+    cfg = command_line.load_config(path)
+    wanted = keys_read_by(*READERS[cfg.get("recipe")])
+    if cfg.get("recipe"):
+        wanted |= {"recipe", "preset"}
+        wanted -= {"latent_channels"}  # of a model's cfg
+    assert set(cfg.keys()) == wanted
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_names_what_exists_and_says_how_to_run_it(path):
+    cfg = command_line.load_config(path)
+    assert cfg.preset in config.PRESETS
+    assert f"--config configs/{path.name}" in path.read_text().split('"""')[1]
+    if "sampling" in cfg:
+        pipeline.SamplingOptions(**cfg.sampling)
+    if "recipe" in cfg:
+        assert cfg.recipe in recipes.RECIPES
+        train_state.make_optimizer(cfg)
+        ends = [stage[0] for stage in cfg.stages]
+        assert ends == sorted(ends) and ends[-1] == cfg.steps == cfg.learning_rates[-1][0]
+        assert cfg.steps > cfg.checkpoint_every > 0 and cfg.bad_steps > 0
+
+
+def test_the_vae_recipe_is_built_from_its_config():
+    built = recipes.build(command_line.load_config(ROOT / "configs" / "demo_vae.py"))
+    assert isinstance(built, vae_recipe.VAERecipe) and built.vae.cfg == config.DEMO.vae
