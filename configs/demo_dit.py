@@ -19,8 +19,8 @@ def get_config() -> ml_collections.ConfigDict:
             "clips": 640,
             "clip_frames": 125,
             "stages": (  # up to step, first frames of a clip, clips in a batch
-                (1300, 61, 12),
-                (1700, 125, 8),
+                (2000, 61, 12),
+                (2600, 125, 8),
             ),
             # loss
             "drop_both": 0.1,  # prompt and voice
@@ -29,8 +29,8 @@ def get_config() -> ml_collections.ConfigDict:
             "timesteps": "uniform",
             "motion_gain": 2.0,
             # optimizer
-            "steps": 1700,
-            "learning_rates": ((1700, 1.5e-3),),  # up to step, peak
+            "steps": 2600,
+            "learning_rates": ((2600, 1.5e-3),),  # up to step, peak
             "warmup_steps": 100,
             "final_lr_share": 0.03,
             "weight_decay": 0.01,
@@ -45,7 +45,7 @@ def get_config() -> ml_collections.ConfigDict:
             "minutes": 0.0,
             "bad_steps": 3,
             "log_every": 20,
-            "eval_every": 600,
+            "eval_every": 800,
             "checkpoint_every": 250,
             "export_dtype": "float16",
         }

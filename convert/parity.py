@@ -252,7 +252,11 @@ def main(argv: list[str] | None = None) -> int:
     if not args.dir.is_dir():
         print(f"{args.dir}: no such folder; give one that holds weights.py, manifests/ and .npz files", file=sys.stderr)
         return 2
-    good = run(Golden(args.dir, args.seed), CASES + (FULL_CASES if args.full else ()))
+    cases = CASES + (FULL_CASES if args.full else ())
+    if not any((args.dir / f"{case.file}.npz").is_file() for case in cases):
+        print(f"{args.dir} holds none of the golden files (dit_preview_tiny.npz, vae.npz, ...)", file=sys.stderr)
+        return 2
+    good = run(Golden(args.dir, args.seed), cases)
     for name in NOT_COVERED + (NOT_COVERED_FULL if args.full else ()):
         print(f"not covered yet: {name}")
     return 0 if good else 1

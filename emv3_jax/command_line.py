@@ -72,6 +72,8 @@ def make_parser(name: str, description: str | None, config: str | None = None) -
     config: the file used if none is named; without it --config must be given. Add options as with argparse.
     """
     parser = Parser(prog=name, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if config:  # wherever the program is called from
+        config = os.path.relpath(Path(__file__).parents[1] / config)
     words = f"experiment file (default: {config})" if config else "experiment file, such as configs/demo.py"
     parser.add_argument("--config", metavar="FILE", default=config, required=config is None, help=words)
     parser.epilog = f"{OVERRIDE}KEY=VALUE sets a value of the experiment file ({OVERRIDE}A.B=VALUE in section A)."

@@ -1,10 +1,11 @@
 """From what a user gives to what the velocity is conditioned on: request -> Conditions (SPEC section 3).
 
-`prepare` is the host's part (pixels, masks, audio features, token ids: plain arrays, batched); `encode` is the models'
+`prepare` is the host's part (pixels, audio features, token ids: plain arrays); `encode` is the models'
 part (umT5, CLIP; pure JAX, so that training can differentiate through it). The VAE's part, latents of the masked video,
 lies between the two, because training computes it beforehand and sampling computes it chunk by chunk.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -63,6 +64,44 @@ def face_tokens(box: tuple[float, float, float, float] | None, height: int, widt
         y1, y2, x1, x2 = (int(v // 16) for v in box)
         mask[max(y1, 0) : y2 + 1, max(x1, 0) : x2 + 1] = 1.0
     return mask.reshape(-1)
+
+
+def prepare(
+    preset: Preset,
+    prompt: str,
+    picture: np.ndarray,
+    wave: np.ndarray,
+    frames: int,
+    face: tuple[float, float, float, float] | None = None,
+    has_image: bool = True,
+) -> Prepared:
+    """The arrays of one request, without a batch axis.
+
+    Args:
+      preset: sizes.
+      prompt: any text that the tokenizer takes.
+      picture: [H, W, 3] in [-1, 1], the reference.
+      wave: [n] at 16 kHz, any level.
+      frames: of the video, 4k + 1.
+      face: (y1, y2, x1, x2) in pixels, where the voice may act; None: everywhere.
+      has_image: False for text-to-video.
+    Raises:
+      UserError: the prompt is too long.
+    """
+    ids, mask = tokenizer(preset).encode([prompt])
+    return Prepared(
+        ids=ids[0],
+        text_mask=mask[0],
+        image=np.asarray(picture, np.float32),
+        has_image=np.float32(has_image),
+        audio=audio_features(wave, frames),
+        face_mask=face_tokens(face, *picture.shape[:2]),
+    )
+
+
+def stack(rows: Sequence[Prepared]) -> Prepared:
+    """One Prepared with a batch axis."""
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
 
 
 def encode(params: Params, preset: Preset, prepared: Prepared, given: jax.Array) -> Conditions:

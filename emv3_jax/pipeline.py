@@ -45,9 +45,11 @@ class SamplingOptions:
     def __post_init__(self):
         if self.steps < 1:
             raise UserError(f"steps must be at least 1, got {self.steps}")
-        for name in ("shift", "text_scale", "audio_scale"):
+        for name in ("text_scale", "audio_scale"):
             if not np.isfinite(getattr(self, name)) or getattr(self, name) < 0:
                 raise UserError(f"{name} must be a number of 0 or more, got {getattr(self, name)}")
+        if not np.isfinite(self.shift) or self.shift <= 0:
+            raise UserError(f"shift must be a number above 0, got {self.shift}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +125,7 @@ def read_request(request: Request, preset: Preset) -> Ready:
     if box is not None:
         box = fit_box(box, height, width, preset.height, preset.width)
     if isinstance(request.audio, str | os.PathLike):
-        wave, more = media.load_audio(request.audio, RATE)
+        wave, more = media.load_audio(request.audio, RATE, (request.frames or preset.max_frames) / FPS)
         notes += more
     else:
         wave = np.asarray(request.audio)
@@ -186,6 +188,11 @@ class Pipeline:
         return jax.jit(encode)
 
     @functools.cached_property
+    def encode_video(self) -> Any:
+        """(vae params, videos [B, F, H, W, 3] in [-1, 1]) -> latents [B, T, h, w, 16]."""
+        return jax.jit(lambda params, videos: vae_model.encode_chunked(self.vae, params, videos)[0])
+
+    @functools.cached_property
     def _contexts(self) -> Any:
         """(velocity, encoder params, prepared, given) -> contexts of all branches."""
 
@@ -231,16 +238,10 @@ class Pipeline:
     ) -> Iterator[np.ndarray]:
         """Yields the video as it is decoded: [1 or 4, H, W, 3] uint8 at a time."""
         options, height, width = options or SamplingOptions(), self.preset.height, self.preset.width
+        conditioning.tokenizer(self.preset).encode([options.negative_prompt])  # too long: say so before the work
         image = ready.image.astype(np.float32) / 127.5 - 1.0
-        ids, text_mask = conditioning.tokenizer(self.preset).encode([ready.prompt])
-        prepared = conditioning.Prepared(
-            ids=ids,
-            text_mask=text_mask,
-            image=image[None],
-            has_image=np.ones((1,), np.float32),
-            audio=conditioning.audio_features(ready.wave, ready.frames)[None],
-            face_mask=conditioning.face_tokens(ready.face, height, width)[None],
-        )
+        row = conditioning.prepare(self.preset, ready.prompt, image, ready.wave, ready.frames, ready.face)
+        prepared = conditioning.stack([row])
         video = np.broadcast_to(image, (1, ready.frames, *image.shape))
         given = self.given_latents(video, tasks.pixel_mask("i2v", ready.frames, height, width)[None])
         latents = self.sample_latents(prepared, given, self.noise(ready.seed, ready.frames), options, on_step)

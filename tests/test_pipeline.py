@@ -162,7 +162,7 @@ def test_files_are_read_and_what_was_done_is_told(tmp_path, tiny):
     text = "\n".join(ready.notes)
     assert "does not know the words flies; it knows" in text
     assert "image 100x50 is scaled to 32x32" in text
-    assert "the sound lasts 2.00 s; the video ends after 0.52 s (13 frames)" in text
+    assert "a.wav is longer than 0.52 s: the rest is cut off" in text
 
 
 def test_a_short_sound_is_filled_up_with_silence(tiny):
@@ -222,7 +222,7 @@ def test_a_face_box_follows_its_image():
     ("changes", "message"),
     [
         ({"steps": 0}, "steps must be at least 1, got 0"),
-        ({"shift": float("nan")}, "shift must be a number of 0 or more"),
+        ({"shift": float("nan")}, "shift must be a number above 0"),
         ({"text_scale": -1.0}, "text_scale must be a number of 0 or more, got -1.0"),
         ({"audio_scale": float("inf")}, "audio_scale must be a number"),
     ],

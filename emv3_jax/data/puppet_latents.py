@@ -51,18 +51,11 @@ def face_box(clip: clips.Clip, height: int, width: int) -> tuple[float, float, f
     return float(y1), float(y2), width / 2 - float(who.head_width) * height, width / 2 + float(who.head_width) * height
 
 
-def describe(clip: clips.Clip, task: str, preset: Preset, video: np.ndarray, whole_face: bool) -> dict[str, np.ndarray]:
-    """The arrays of conditioning.Prepared for one clip, without a batch axis."""
+def describe(clip: clips.Clip, task: str, preset: Preset, video: np.ndarray, whole_face: bool) -> conditioning.Prepared:
+    """What the pipeline would be given for this clip, without a batch axis."""
     height, width = video.shape[1:3]
-    ids, mask = conditioning.tokenizer(preset).encode([clip.prompt])
-    return {
-        "ids": ids[0],
-        "text_mask": mask[0],
-        "image": np.asarray(video[0]),
-        "has_image": np.float32(task != "t2v"),
-        "audio": conditioning.audio_features(clip.wave, len(clip.mouth)),
-        "face_mask": conditioning.face_tokens(None if whole_face else face_box(clip, height, width), height, width),
-    }
+    face = None if whole_face else face_box(clip, height, width)
+    return conditioning.prepare(preset, clip.prompt, video[0], clip.wave, len(clip.mouth), face, task != "t2v")
 
 
 def make_encoder(preset: Preset, vae_params: Any) -> Callable[[np.ndarray, np.ndarray], tuple[jax.Array, jax.Array]]:
@@ -87,20 +80,28 @@ def _extract_shard(preset: Preset, encode: Callable, split: str, first: int, fra
         masks = np.stack([task_mask(n, c, preset.height, preset.width) for n, c in zip(names, batch, strict=True)])
         latents, given = (np.asarray(a, np.float16) for a in encode(videos, masks))
         for k, (clip, name) in enumerate(zip(batch, names, strict=True)):
-            row = describe(clip, name, preset, videos[k], whole_face=(start + k) % 2 == 0)
+            row = vars(describe(clip, name, preset, videos[k], whole_face=(start + k) % 2 == 0))
             row = {key: np.asarray(v, np.float16) if np.asarray(v).dtype == np.float32 else v for key, v in row.items()}
             rows.append({**row, "latents": latents[k], "given": given[k]})
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
+def _digest(preset: Preset, vae_params: Any) -> str:
+    clip = clips.make_clip("train", 0, 5)
+    video = np.asarray(clip.render(preset.height))
+    example = describe(clip, "i2v", preset, video, whole_face=False)
+    masks = [task_mask(task, clip, preset.height, preset.width) for task in TASK_SHARES]
+    leaves = jax.tree.leaves([vae_params, vars(example), masks, video, list(TASK_SHARES.values())])
+    return hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in leaves)).hexdigest()[:12]
+
+
 def load(folder: pathlib.Path, preset: Preset, vae_params: Any, split: str, count: int, frames: int) -> dict:
     """Arrays with a leading axis of `count` clips; shards that `folder` lacks are extracted first, with progress.
 
-    Floats are float16 on disk and in memory. The folder's name follows from the VAE's weights.
+    Floats are float16 on disk and in memory. The folder's name follows from the VAE's weights and from what a short
+    clip looks and sounds like, so a change of either makes new shards.
     """
-    leaves = jax.tree.leaves(vae_params)
-    digest = hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in leaves)).hexdigest()[:12]
-    folder = folder / f"{split}_{frames}_{digest}"
+    folder = folder / f"{split}_{frames}_{_digest(preset, vae_params)}"
     folder.mkdir(parents=True, exist_ok=True)
     encode, shards = make_encoder(preset, vae_params), []
     for first in range(0, count, SHARD):

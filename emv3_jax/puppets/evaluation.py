@@ -1,6 +1,6 @@
 """Generates held-out clips with a pipeline and scores them beside their controls."""
 
-import dataclasses
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -10,7 +10,6 @@ from emv3_jax.data import puppet_latents
 from emv3_jax.models import vae as vae_model
 from emv3_jax.pipeline import Pipeline, SamplingOptions
 from emv3_jax.puppets import clips, metrics
-from emv3_jax.training import pictures
 
 BATCH = 8
 
@@ -20,18 +19,6 @@ def means(rows: list[dict[str, float]]) -> dict[str, float]:
     names = dict.fromkeys(name for row in rows for name in row)
     values = {name: [row[name] for row in rows if name in row] for name in names}
     return {name: float((np.median if name == "offset" else np.mean)(some)) for name, some in values.items()}
-
-
-@dataclasses.dataclass(frozen=True)
-class Scored:
-    """Scores of clips, one row each, and the videos of the first few: (true, generated) pairs [F, H, W, 3]."""
-
-    rows: list[dict[str, float]]
-    videos: list[tuple[np.ndarray, np.ndarray]]
-
-    def strip(self, count: int) -> np.ndarray:
-        """Film strips of the first `count` pairs, true above generated: [h, w, 3] uint8."""
-        return pictures.film_strip([video for pair in self.videos[:count] for video in pair])
 
 
 def _decode(pipeline: Pipeline, latents: jax.Array) -> np.ndarray:
@@ -50,7 +37,7 @@ def generate_batch(
         puppet_latents.describe(clip, task, preset, video, whole_face=True)
         for clip, video in zip(batch, videos, strict=True)
     ]
-    prepared = conditioning.Prepared(**{name: np.stack([row[name] for row in rows]) for name in rows[0]})
+    prepared = conditioning.stack(rows)
     noise = np.concatenate([pipeline.noise(seed + i, frames) for i in range(len(batch))])
     latents = pipeline.sample_latents(prepared, pipeline.given_latents(videos, masks), noise, options)
     return _decode(pipeline, latents)
@@ -58,8 +45,7 @@ def generate_batch(
 
 def through_codec(pipeline: Pipeline, videos: np.ndarray) -> np.ndarray:
     """Videos [B, F, H, W, 3] encoded and decoded: the ceiling of what the pipeline can show."""
-    encode = jax.jit(lambda params, video: vae_model.encode_chunked(pipeline.vae, params, video)[0])
-    return _decode(pipeline, encode(pipeline.params["vae"], videos))
+    return _decode(pipeline, pipeline.encode_video(pipeline.params["vae"], videos))
 
 
 def score(videos: np.ndarray, batch: list[clips.Clip]) -> list[dict[str, float]]:
@@ -70,17 +56,23 @@ def score(videos: np.ndarray, batch: list[clips.Clip]) -> list[dict[str, float]]
     ]
 
 
-def generate_and_score(
-    pipeline: Pipeline, options: SamplingOptions, count: int, frames: int, split: str = "heldout"
-) -> Scored:
-    """Generates and scores the first `count` clips of a split, a batch at a time."""
-    rows, pairs = [], []
-    for first in range(0, count, BATCH):
-        batch = [clips.make_clip(split, i, frames) for i in range(first, min(first + BATCH, count))]
-        videos = generate_batch(pipeline, options, batch, seed=first)
+def in_batches(
+    make: Callable[[list[clips.Clip], int], np.ndarray], some: list[clips.Clip], keep: int = 0
+) -> tuple[list[dict[str, float]], list[np.ndarray]]:
+    """Makes and scores videos of any number of clips of one length, BATCH at a time.
+
+    Args:
+      make: make(clips, number of the first) -> videos [BATCH, F, H, W, 3]. It always sees BATCH clips, the last ones
+        repeated where there are fewer, so that nothing is compiled for another size.
+      some: the clips.
+      keep: how many videos to return.
+    Returns:
+      One row of scores a clip, and the first `keep` videos.
+    """
+    rows, kept = [], []
+    for first in range(0, len(some), BATCH):
+        batch = some[first : first + BATCH]
+        videos = make((batch * BATCH)[:BATCH], first)[: len(batch)]
         rows += score(videos, batch)
-        if first == 0:
-            pairs = [
-                (np.asarray(clip.render(video.shape[1])), video) for clip, video in zip(batch, videos, strict=True)
-            ]
-    return Scored(rows, pairs)
+        kept += list(videos[: max(0, keep - len(kept))])
+    return rows, kept

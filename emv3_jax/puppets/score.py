@@ -18,27 +18,21 @@ from emv3_jax.puppets import clips, evaluation
 COLUMNS = ("sync", "sync_other", "offset", "motion", "identity", "drift", "psnr")
 
 
-def _by_batches(videos_of, clip_list: list[clips.Clip]) -> list[dict[str, float]]:
-    """Scores of videos_of(batch, number of the first) over all clips."""
-    rows = []
-    for first in range(0, len(clip_list), evaluation.BATCH):
-        batch = clip_list[first : first + evaluation.BATCH]
-        rows += evaluation.score(videos_of(batch, first), batch)
-    return rows
-
-
 def recording_clips(path: pathlib.Path, frames: int, first_index: int) -> list[clips.Clip]:
     """Held-out puppets that speak a recording, one for each piece of `frames` frames.
 
     Raises:
       UserError: the recording is shorter than one piece.
     """
-    wave, _ = media.load_audio(path, RATE)
+    wave, notes = media.load_audio(path, RATE)
     samples = round(frames / FPS * RATE)
     if len(wave) < samples:
         raise UserError(
             f"{path} lasts {len(wave) / RATE:.2f} s, shorter than {frames} frames: give fewer with --frames"
         )
+    rest = len(wave) % samples / RATE
+    for note in [*notes, *([f"{path}: the last {rest:.2f} s fill no piece and are left out"] if rest else [])]:
+        print(f"note: {note}")
     pieces = [wave[at : at + samples] for at in range(0, len(wave) - samples + 1, samples)]
     return [clips.make_clip("heldout", first_index + i, frames, wave=piece) for i, piece in enumerate(pieces)]
 
@@ -48,15 +42,20 @@ def score_weights(
 ) -> dict[str, list[dict[str, float]]]:
     """Rows of the table: name -> scores of each clip. spoken: clips of recordings, by the name of their row."""
     size = pipe.preset.height
-    true = lambda batch, _: np.stack([np.asarray(clip.render(size)) for clip in batch])  # noqa: E731
-    made = lambda batch, first: evaluation.generate_batch(pipe, options, batch, seed=first)  # noqa: E731
     held_out = [clips.make_clip("heldout", i, frames) for i in range(count)]
-    table = {
-        "generated": _by_batches(made, held_out),
-        "true video": _by_batches(true, held_out),
-        "through the VAE": _by_batches(lambda batch, _: evaluation.through_codec(pipe, true(batch, _)), held_out),
-    }
-    return table | {name: _by_batches(made, some) for name, some in spoken.items()}
+
+    def true(batch: list[clips.Clip], first: int) -> np.ndarray:
+        return np.stack([np.asarray(clip.render(size)) for clip in batch])
+
+    def made(batch: list[clips.Clip], first: int) -> np.ndarray:
+        return evaluation.generate_batch(pipe, options, batch, seed=first)
+
+    def decoded(batch: list[clips.Clip], first: int) -> np.ndarray:
+        return evaluation.through_codec(pipe, true(batch, first))
+
+    rows = {"generated": (made, held_out), "true video": (true, held_out), "through the VAE": (decoded, held_out)}
+    rows |= {name: (made, some) for name, some in spoken.items()}
+    return {name: evaluation.in_batches(make, some)[0] for name, (make, some) in rows.items()}
 
 
 def main(arguments: list[str]) -> int:
@@ -71,8 +70,12 @@ def main(arguments: list[str]) -> int:
     if options.clips < 1 or options.frames % 4 != 1 or options.frames < 13:
         raise UserError("--clips must be at least 1, and --frames 4k + 1 and at least 13")
     target = media.check_writable(options.json, (".json",)) if options.json else None
+    if "sampling" not in cfg or "preset" not in cfg or "weights" not in cfg:
+        raise UserError("this config is not for sampling: give configs/demo.py")
+    if len(set(options.recordings)) < len(options.recordings):
+        raise UserError("--recordings names a file twice")
     spoken = {
-        path.stem: recording_clips(path, options.frames, 100_000 + 100 * number)
+        str(path): recording_clips(path, options.frames, 100_000 + 100 * number)
         for number, path in enumerate(options.recordings)
     }
     command_line.setup_compile_cache()
@@ -80,9 +83,10 @@ def main(arguments: list[str]) -> int:
     sampling = SamplingOptions(**cfg.sampling)
     table = score_weights(pipe, sampling, options.clips, options.frames, spoken)
     means = {name: {"clips": len(rows), **evaluation.means(rows)} for name, rows in table.items()}
-    print(f"{'':18}{'clips':>7}" + "".join(f"{name:>12}" for name in COLUMNS))
+    wide = max(len(name) for name in means) + 2
+    print(f"{'':{wide}}{'clips':>7}" + "".join(f"{name:>12}" for name in COLUMNS))
     for name, row in means.items():
-        print(f"{name:18}{row['clips']:7d}" + "".join(f"{row.get(column, np.nan):12.3f}" for column in COLUMNS))
+        print(f"{name:{wide}}{row['clips']:7d}" + "".join(f"{row.get(column, np.nan):12.3f}" for column in COLUMNS))
     if target:
         with media.atomic_path(target) as path:
             path.write_text(json.dumps({"means": means, "clips": table}, indent=1))

@@ -16,8 +16,8 @@ from emv3_jax.diffusion import flow
 from emv3_jax.diffusion.phda import PhDAConfig
 from emv3_jax.models.dit import DiT
 from emv3_jax.pipeline import Pipeline, SamplingOptions, expected_params, init_params
-from emv3_jax.puppets import evaluation
-from emv3_jax.training import losses
+from emv3_jax.puppets import clips, evaluation
+from emv3_jax.training import losses, pictures
 
 TRAINED = ("dit", "text", "image")
 
@@ -85,7 +85,7 @@ class DiTRecipe:
         weights = self.phda.sample(phda_key, t)
         velocity = self.dit.apply({"params": params["dit"]}, flow.add_noise(x0, noise, t), t, cond, weights)
         loss = losses.flow_matching(velocity, x0, noise, self.cfg.motion_gain)
-        squared = jnp.mean(jnp.square(velocity - (noise - x0)), axis=(1, 2, 3, 4))
+        squared = jnp.mean(jnp.square(velocity - flow.velocity_target(x0, noise)), axis=(1, 2, 3, 4))
         early = t > 0.5 * flow.T_MAX
         share = lambda mask: jnp.sum(squared * mask) / jnp.maximum(jnp.sum(mask), 1.0)  # noqa: E731
         return loss, {"mse": jnp.mean(squared), "mse_early": share(early), "mse_late": share(~early)}
@@ -94,9 +94,12 @@ class DiTRecipe:
         """Held-out puppets, generated and scored."""
         pipeline = Pipeline(self.preset, {**params, "vae": self.vae_params})
         options = SamplingOptions(**self.cfg.sampling)
-        result = evaluation.generate_and_score(pipeline, options, self.cfg.eval_clips, self.cfg.eval_frames)
-        means = evaluation.means(result.rows)
-        return {f"heldout_{name}": value for name, value in means.items()}, {"true_and_made": result.strip(4)}
+        held_out = [clips.make_clip("heldout", i, self.cfg.eval_frames) for i in range(self.cfg.eval_clips)]
+        make = functools.partial(evaluation.generate_batch, pipeline, options)
+        rows, videos = evaluation.in_batches(lambda some, first: make(some, seed=first), held_out, keep=4)
+        true = [np.asarray(clip.render(self.preset.height)) for clip in held_out[:4]]
+        strip = pictures.film_strip([video for pair in zip(true, videos, strict=False) for video in pair])
+        return {f"heldout_{name}": value for name, value in evaluation.means(rows).items()}, {"true_and_made": strip}
 
     def export(self, params: Any, folder: pathlib.Path) -> None:
         """The whole pipeline's weights, the VAE's included, in the form that the package ships."""

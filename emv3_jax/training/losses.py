@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from emv3_jax.diffusion.flow import velocity_target
+
 
 def motion_weight(video: jax.Array, gain: float) -> jax.Array:
     """How much a pixel counts: 1 where nothing moves, up to 1 + gain where the picture changes in time.
@@ -43,4 +45,4 @@ def flow_matching(velocity: jax.Array, x0: jax.Array, noise: jax.Array, motion_g
     """
     change = jnp.mean(jnp.abs(x0 - jnp.mean(x0, axis=1, keepdims=True)), axis=-1, keepdims=True)
     weight = 1.0 + motion_gain * jnp.clip(change, 0.0, 1.0)
-    return jnp.mean(weight * jnp.square(velocity.astype(jnp.float32) - (noise - x0)))
+    return jnp.mean(weight * jnp.square(velocity.astype(jnp.float32) - velocity_target(x0, noise)))

@@ -43,15 +43,16 @@ def words(tiny, tiny_pipeline, tmp_path, monkeypatch) -> list[str]:
 
 def test_the_table_and_the_numbers(words, tmp_path, capsys):
     assert command_line.run_main(score.main, [*words, "--recordings", "speech.wav", "--json=scores.json"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["clips", *score.COLUMNS]
-    assert [line[:18].strip() for line in lines[1:]] == ["generated", "true video", "through the VAE", "speech"]
-    assert [line[18:25].strip() for line in lines[1:]] == ["1", "1", "1", "2"]  # 30 frames of speech are two pieces
+    note, head, *lines = capsys.readouterr().out.splitlines()
+    assert note == "note: speech.wav: the last 0.16 s fill no piece and are left out"
+    assert head.split() == ["clips", *score.COLUMNS]
+    assert [line[:17].strip() for line in lines] == ["generated", "true video", "through the VAE", "speech.wav"]
+    assert [line[17:24].strip() for line in lines] == ["1", "1", "1", "2"]  # 30 frames of speech are two pieces
     numbers = json.loads((tmp_path / "scores.json").read_text())
     true = numbers["means"]["true video"]
     assert true["sync"] > 0.9 and true["motion"] == 1.0 and true["psnr"] > 90
     assert numbers["means"]["generated"]["psnr"] < 30
-    assert len(numbers["clips"]["speech"]) == 2
+    assert len(numbers["clips"]["speech.wav"]) == 2
 
 
 @pytest.mark.parametrize(

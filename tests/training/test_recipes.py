@@ -193,11 +193,11 @@ def test_every_other_clip_lets_the_voice_act_on_the_face_alone():
     clip = clips.make_clip("train", 1, 5)
     video = np.asarray(clip.render(64))
     rows = [puppet_latents.describe(clip, "i2v", DEMO, video, whole_face=whole) for whole in (True, False)]
-    assert rows[0]["face_mask"].all()
-    face = rows[1]["face_mask"].reshape(4, 4)
+    assert rows[0].face_mask.all()
+    face = rows[1].face_mask.reshape(4, 4)
     assert face[1:3, 1:3].all() and not face.all()
-    assert rows[0]["has_image"] == 1.0
-    assert puppet_latents.describe(clip, "t2v", DEMO, video, whole_face=True)["has_image"] == 0.0
+    assert rows[0].has_image == 1.0
+    assert puppet_latents.describe(clip, "t2v", DEMO, video, whole_face=True).has_image == 0.0
 
 
 def test_tasks_of_the_clips_keep_their_shares():
