@@ -22,7 +22,7 @@ def get_config() -> ml_collections.ConfigDict:
             "sampling": {
                 "steps": 12,
                 "shift": 3.0,
-                "text_scale": 2.0,
+                "text_scale": 1.0,
                 "audio_scale": 2.0,
                 "negative_prompt": "",
             },

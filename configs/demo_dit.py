@@ -40,7 +40,7 @@ def get_config() -> ml_collections.ConfigDict:
             # held-out clips
             "eval_clips": 8,
             "eval_frames": 81,
-            "sampling": {"steps": 10, "shift": 3.0, "text_scale": 2.0, "audio_scale": 2.0},
+            "sampling": {"steps": 10, "shift": 3.0, "text_scale": 1.0, "audio_scale": 2.0},
             # run
             "minutes": 0.0,
             "bad_steps": 3,

@@ -38,7 +38,7 @@ class SamplingOptions:
 
     steps: int = 12
     shift: float = 3.0
-    text_scale: float = 2.0
+    text_scale: float = 1.0
     audio_scale: float = 2.0
     negative_prompt: str = ""
 
