@@ -1,6 +1,9 @@
 """The demo's DiT with its text and image encoders, from nothing, on puppets; needs the VAE of configs/demo_vae.py.
 
 python train.py --config configs/demo_dit.py --workdir runs/demo_dit
+
+About 10 minutes to extract latents and 32 to train on 2 cores. Expect on held-out puppets (docs/benchmarks.md): sync 0.87,
+the motion of the prompt always, colours within 5 of 255. Sync is 0.83 after 800 steps.
 """
 
 import ml_collections
