@@ -2,8 +2,8 @@
 
 python train.py --config configs/demo_dit.py --workdir runs/demo_dit
 
-About 10 minutes to extract latents and 32 to train on 2 cores. Expect on held-out puppets (docs/benchmarks.md): sync 0.87,
-the motion of the prompt always, colours within 5 of 255. Sync is 0.83 after 800 steps.
+About 10 minutes to extract latents and 32 to train on 2 cores. Expect on held-out puppets (docs/benchmarks.md): sync
+0.87, the motion of the prompt always, colours within 5 of 255. After 800 steps sync is 0.83.
 """
 
 import ml_collections

@@ -2,8 +2,8 @@
 
 python train.py --config configs/demo_vae.py --workdir runs/demo_vae
 
-About 45 minutes on 2 cores. Expect on held-out puppets (docs/benchmarks.md): 28 dB PSNR, and mouths that follow the law
-with a correlation of 0.95 after encoding and decoding. After the first 2500 steps, single pictures only, 26 dB and 0.79.
+About 45 minutes on 2 cores. Expect on held-out puppets (docs/benchmarks.md): 28 dB PSNR, and mouths that follow the
+law with a correlation of 0.95 after encoding and decoding; after the 2500 steps of single pictures, 26 dB and 0.79.
 """
 
 import ml_collections
