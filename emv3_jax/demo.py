@@ -14,7 +14,7 @@ from emv3_jax.errors import UserError
 from emv3_jax.pipeline import FPS, RATE, Ready, Request, SamplingOptions, load_pipeline
 
 SENTENCE = pathlib.Path(__file__).parent / "puppets" / "assets" / "demo_sentence.wav"
-PUPPETS_ONLY = "the demo's weights know drawn puppets only: other pictures come out as puppet-like shapes"
+PUPPETS_ONLY = "the demo's weights know drawn puppets only: other pictures come out as blots"
 
 
 def preset(cfg: Any) -> Preset:

@@ -22,7 +22,7 @@ RNG = np.random.default_rng(0)
 IMAGE = RNG.integers(0, 256, (32, 32, 3), np.uint8)
 WAVE = (0.1 * RNG.standard_normal(RATE)).astype(np.float32)
 PROMPT = "A puppet nods."
-GUIDED = SamplingOptions(steps=2)
+GUIDED = SamplingOptions(steps=2, text_scale=2.0, audio_scale=2.0)
 
 
 def request(**changes) -> Request:

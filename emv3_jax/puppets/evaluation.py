@@ -69,7 +69,8 @@ def in_batches(
     Returns:
       One row of scores a clip, and the first `keep` videos.
     """
-    rows, kept = [], []
+    rows: list[dict[str, float]] = []
+    kept: list[np.ndarray] = []
     for first in range(0, len(some), BATCH):
         batch = some[first : first + BATCH]
         videos = make((batch * BATCH)[:BATCH], first)[: len(batch)]

@@ -83,7 +83,9 @@ class DiTRecipe:
         t = flow.sample_timesteps(time_key, x0.shape[0], self.cfg.shift, self.cfg.timesteps)
         noise = jax.random.normal(noise_key, x0.shape)
         weights = self.phda.sample(phda_key, t)
-        velocity = self.dit.apply({"params": params["dit"]}, flow.add_noise(x0, noise, t), t, cond, weights)
+        velocity = jnp.asarray(
+            self.dit.apply({"params": params["dit"]}, flow.add_noise(x0, noise, t), t, cond, weights)
+        )
         loss = losses.flow_matching(velocity, x0, noise, self.cfg.motion_gain)
         squared = jnp.mean(jnp.square(velocity - flow.velocity_target(x0, noise)), axis=(1, 2, 3, 4))
         early = t > 0.5 * flow.T_MAX
