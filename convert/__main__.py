@@ -20,7 +20,8 @@ from typing import Any
 from flax import traverse_util
 
 from convert import dit, vae
-from convert.engine import Table, read_safetensors, to_jax, to_torch, write_safetensors
+from convert.engine import Table, read_safetensors, to_jax, to_torch
+from emv3_jax.checkpoint import write_safetensors
 from emv3_jax.config import DiTConfig, VAEConfig
 from emv3_jax.errors import UserError
 

@@ -312,17 +312,3 @@ def read_safetensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
         return load_file(path)
     except SafetensorError as error:
         raise UserError(f"{path}: not a readable .safetensors file ({error}); fetch or save it again") from error
-
-
-def write_safetensors(path: str | os.PathLike, tensors: Mapping[str, np.ndarray]) -> None:
-    """Writes a .safetensors file whole or not at all: under a temporary name first, then renamed."""
-    from safetensors.numpy import save_file
-
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        save_file({key: np.asarray(value, order="C") for key, value in tensors.items()}, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

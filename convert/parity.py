@@ -21,7 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert import clip, dit, golden_loops, umt5, vae
-from convert.engine import Table, read_safetensors, to_jax, write_safetensors
+from convert.engine import Table, read_safetensors, to_jax
+from emv3_jax.checkpoint import write_safetensors
 from emv3_jax.config import CLIPConfig, DiTConfig, UMT5Config, VAEConfig
 from emv3_jax.diffusion import flow, solvers
 from emv3_jax.errors import UserError

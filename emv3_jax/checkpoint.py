@@ -1,6 +1,5 @@
 """Parameter trees in safetensors files: '/'-joined paths as names, written whole or not at all."""
 
-import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -8,9 +7,21 @@ from typing import Any
 import numpy as np
 from flax import traverse_util
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
+from safetensors.numpy import save_file
 
 from emv3_jax.errors import UserError
+from emv3_jax.files import PathLike, atomic_path
+
+
+def write_safetensors(path: PathLike, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes a .safetensors file whole or not at all.
+
+    Raises:
+      UserError: `path` cannot be written.
+    """
+    with atomic_path(path) as temporary:
+        save_file({name: np.asarray(value, order="C") for name, value in tensors.items()}, temporary)
+        temporary.chmod(0o644)  # safetensors lets nobody but the owner read
 
 
 def save_params(path: pathlib.Path, params: Mapping, dtype: str = "float32"):
@@ -23,14 +34,7 @@ def save_params(path: pathlib.Path, params: Mapping, dtype: str = "float32"):
     """
     flat = traverse_util.flatten_dict(dict(params), sep="/")
     arrays = {name: np.asarray(value).astype(dtype, order="C") for name, value in flat.items()}
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(save(arrays))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_safetensors(path, arrays)
 
 
 def load_params(path: pathlib.Path, like: Any = None) -> dict:

@@ -1,5 +1,7 @@
 """Weight files: what was saved comes back, and what does not fit is said in one message."""
 
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -70,7 +72,7 @@ def test_an_interrupted_write_leaves_what_was_there(tmp_path, monkeypatch):
         assert source.exists()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint.os, "replace", interrupted)
+    monkeypatch.setattr(pathlib.Path, "replace", interrupted)
     for target in (path, tmp_path / "other.safetensors"):
         with pytest.raises(KeyboardInterrupt):
             checkpoint.save_params(target, {"w": jnp.ones(2)})

@@ -163,7 +163,7 @@ def test_run_main_exit_status(capsys):
 
 def test_sigterm_unwinds_so_that_nothing_half_written_stays(tmp_path):
     code = (
-        "import sys, time; from emv3_jax import command_line; from emv3_jax.media.files import atomic_path\n"
+        "import sys, time; from emv3_jax import command_line; from emv3_jax.files import atomic_path\n"
         "def main(arguments):\n"
         "    with atomic_path(arguments[0]) as temporary:\n"
         "        temporary.touch(); print('ready', flush=True); time.sleep(30)\n"

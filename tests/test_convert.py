@@ -10,6 +10,7 @@ from flax import traverse_util
 from convert import __main__ as command
 from convert import dit, engine, parity, vae
 from convert.engine import ConversionError, Ignore, Rule, Table, linear_rules
+from emv3_jax.checkpoint import write_safetensors
 from emv3_jax.config import VAEConfig
 from emv3_jax.errors import UserError
 
@@ -161,9 +162,9 @@ def test_rules_without_an_inverse_are_refused_when_the_table_is_built(rule):
 
 def test_files_appear_whole_or_not_at_all(tmp_path):
     file = tmp_path / "a.safetensors"
-    engine.write_safetensors(file, {"a": np.arange(6.0).reshape(2, 3).T})
+    write_safetensors(file, {"a": np.arange(6.0).reshape(2, 3).T})
     with pytest.raises(Exception, match="."):
-        engine.write_safetensors(file, {"a": np.array(["not a number"])})
+        write_safetensors(file, {"a": np.array(["not a number"])})
     np.testing.assert_array_equal(engine.read_safetensors(file)["a"], np.arange(6.0).reshape(2, 3).T)
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
     file.write_bytes(b"damaged")
@@ -185,7 +186,7 @@ def test_command_line_there_and_back(tmp_path, capsys):
     shapes = json.loads((ROOT / "manifests/dit_preview_tiny.json").read_text())
     tensor_for = parity.load_tensor_for(ROOT / "weights.py")
     tensors = {key: tensor_for(key, sizes) for key, sizes in shapes.items()}
-    engine.write_safetensors(source, tensors)
+    write_safetensors(source, tensors)
     model = ["--model", "dit-preview", *DIT_SIZES]
     assert command.main(["to-jax", *model, str(source), str(middle)]) == 0
     assert engine.read_safetensors(middle)["blocks/mlp/up/kernel"].shape == (2, 48, 96)
@@ -206,7 +207,7 @@ def test_command_line_converts_a_vae_of_another_size(tmp_path):
     rng = np.random.default_rng(0)
     params = {path: rng.standard_normal(leaf.shape).astype(np.float32) for path, leaf in shapes.items()}
     source, torch_file, back = (tmp_path / name for name in ("a.safetensors", "b.safetensors", "c.safetensors"))
-    engine.write_safetensors(source, params)
+    write_safetensors(source, params)
     model = ["--model", "vae", "--set", "width=4", "--set", "res_blocks=1"]
     assert command.main(["to-torch", *model, str(source), str(torch_file)]) == 0
     assert engine.read_safetensors(torch_file)["decoder.upsamples.2.resample.1.weight"].shape == (8, 16, 3, 3)
@@ -218,7 +219,7 @@ def test_command_line_converts_a_vae_of_another_size(tmp_path):
 
 def test_command_line_errors_exit_2_with_one_clear_line(tmp_path, capsys):
     source, output = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
-    engine.write_safetensors(source, {"foo": np.zeros(1)})
+    write_safetensors(source, {"foo": np.zeros(1)})
     cases = [
         (["to-jax", "--model", "dit-preview", str(source), str(output)], "keys do not fit the model:"),
         (["to-torch", "--model", "vae", str(source), str(output)], "keys do not fit the model:"),

@@ -360,3 +360,14 @@ def test_shipped_sentences_are_speech_at_the_rate_of_the_models():
         assert soundfile.info(os.path.join(folder, name)).samplerate == RATE
         wave, notes = load_audio(os.path.join(folder, name))
         assert notes == [] and 2 < len(wave) / RATE < 6 and len(wave) % 640 == 0 and (len(wave) // 640) % 4 == 1
+
+
+def test_flac_whose_header_has_no_length_is_read_whole(tmp_path):
+    path = tmp_path / "streamed.flac"
+    soundfile.write(path, 0.1 * np.sin(np.arange(16000) * 0.1), 16000)
+    data = bytearray(path.read_bytes())
+    data[21] &= 0xF0  # STREAMINFO: the last 36 bits before the checksum count the samples; 0 is "unknown"
+    data[22:26] = bytes(4)
+    path.write_bytes(data)
+    wave, _ = load_audio(path)
+    assert abs(len(wave) - 16000) < 10

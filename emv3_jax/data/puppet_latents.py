@@ -4,7 +4,6 @@ A clip's number says everything about it, its task too; so a set is described by
 """
 
 import hashlib
-import os
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +14,7 @@ import numpy as np
 
 from emv3_jax import conditioning, tasks
 from emv3_jax.config import Preset
+from emv3_jax.files import atomic_path
 from emv3_jax.models.vae import WanVAE
 from emv3_jax.puppets import clips, renderer, world
 
@@ -107,9 +107,9 @@ def load(folder: pathlib.Path, preset: Preset, vae_params: Any, split: str, coun
     for first in range(0, count, SHARD):
         path = folder / f"{first:06d}.npz"
         if not path.exists():
-            temporary = path.with_suffix(".partial.npz")
-            np.savez(temporary, **_extract_shard(preset, encode, split, first, frames))
-            os.replace(temporary, path)
+            arrays = _extract_shard(preset, encode, split, first, frames)
+            with atomic_path(path) as temporary:
+                np.savez(temporary, **arrays)
             print(f"latents of {split} clips {first} to {first + SHARD - 1} of {count}: {path.name}", flush=True)
         with np.load(path) as shard:
             shards.append({name: shard[name] for name in shard.files})

@@ -1,5 +1,6 @@
 """Sound in: any common recording becomes a mono float32 wave at the rate the model wants, or one clear line."""
 
+import contextlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,8 +10,9 @@ import soundfile
 import soxr
 
 from emv3_jax.errors import UserError
-from emv3_jax.media.files import PathLike, check_readable
+from emv3_jax.files import PathLike, check_readable
 
+UNKNOWN_LENGTH = 2**40  # libsndfile gives a number beyond this for a stream whose header has no length
 MIN_RATE = 4000  # Hz; below this no speech is left
 
 
@@ -68,12 +70,11 @@ def _to_mono(samples: np.ndarray) -> tuple[np.ndarray, str | None]:
 
 
 def _decode(path: Path, max_seconds: float | None) -> Sound:
-    try:
-        with soundfile.SoundFile(path) as file:
+    # What libsndfile cannot read FFmpeg may know. (TypeError: a name in .raw, which says nothing of what is inside.)
+    with contextlib.suppress(soundfile.LibsndfileError, TypeError), soundfile.SoundFile(path) as file:
+        if file.frames < UNKNOWN_LENGTH:
             limit = file.frames if max_seconds is None else min(file.frames, int(max_seconds * file.samplerate))
             return Sound(file.read(limit, dtype="float32", always_2d=True), file.samplerate, limit < file.frames)
-    except (soundfile.LibsndfileError, TypeError):
-        pass  # FFmpeg may know it. (TypeError: the name ends in .raw, which says nothing of what is inside.)
     try:
         with open_media(path) as container:
             sound = decode_sound(container, max_seconds)

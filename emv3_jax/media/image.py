@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from emv3_jax.errors import UserError
-from emv3_jax.media.files import PathLike, check_readable
+from emv3_jax.files import PathLike, check_readable
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 MIN_SIDE = 16

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from emv3_jax.media.files import PathLike, atomic_path
+from emv3_jax.files import PathLike, atomic_path
 
 ROWS, COLUMNS = 2, 8
 CELL = 216  # width of a frame on the page, pixels

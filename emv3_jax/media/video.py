@@ -11,8 +11,8 @@ from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTr
 from PIL import Image
 
 from emv3_jax.errors import UserError
+from emv3_jax.files import PathLike, atomic_path, check_readable
 from emv3_jax.media.audio import decode_sound, open_media, resample
-from emv3_jax.media.files import PathLike, atomic_path, check_readable
 
 # Rates that AAC knows; sound at any other is converted to the last of them.
 AAC_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)

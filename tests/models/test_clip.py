@@ -8,17 +8,12 @@ import numpy as np
 import pytest
 
 from convert import clip, engine
+from emv3_jax.checkpoint import write_safetensors
 from emv3_jax.config import CLIPConfig
 from emv3_jax.models.clip import PIXEL_MEAN, PIXEL_STD, CLIPVision, bicubic_matrix, preprocess, resize_bicubic
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 TINY = CLIPConfig(image_size=28, patch=14, width=32, heads=4, layers=3)
-
-
-@pytest.fixture(autouse=True)
-def full_precision():
-    with jax.default_matmul_precision("highest"):
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +24,7 @@ def checkpoint(tmp_path_factory) -> Path:
     spec.loader.exec_module(weights)
     manifest = json.loads((GOLDEN / "manifests/clip_tiny.json").read_text())
     path = tmp_path_factory.mktemp("clip") / "clip.safetensors"
-    engine.write_safetensors(path, {key: weights.tensor_for(key, shape) for key, shape in manifest.items()})
+    write_safetensors(path, {key: weights.tensor_for(key, shape) for key, shape in manifest.items()})
     return path
 
 
@@ -52,7 +47,7 @@ def test_matches_released_program(params):
 
 
 def test_conversion_round_trip_is_byte_equal(checkpoint, params, tmp_path):
-    engine.write_safetensors(tmp_path / "back.safetensors", engine.to_torch(clip.table(TINY), params))
+    write_safetensors(tmp_path / "back.safetensors", engine.to_torch(clip.table(TINY), params))
     before, after = engine.read_safetensors(checkpoint), engine.read_safetensors(tmp_path / "back.safetensors")
     left_out = {key for key in before if key.startswith(("transformer.2.", "post_norm.")) or key == "head"}
     assert len(left_out) == 15 and after.keys() == before.keys() - left_out

@@ -17,12 +17,6 @@ GOLDEN = parity.Golden(Path(__file__).parents[1] / "golden")
 CFG = parity.DIT_TINY
 
 
-@pytest.fixture(autouse=True)
-def full_precision():
-    with jax.default_matmul_precision("highest"):
-        yield
-
-
 @pytest.fixture(scope="module")
 def params() -> dict:
     return parity.dit_params(GOLDEN, "dit_preview_tiny", CFG)

@@ -9,17 +9,12 @@ import numpy as np
 import pytest
 
 from convert import engine, umt5
+from emv3_jax.checkpoint import write_safetensors
 from emv3_jax.config import UMT5Config
 from emv3_jax.models.umt5 import UMT5Encoder, relative_buckets
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 TINY = UMT5Config(vocab=97, width=32, attention_width=32, heads=4, layers=3, ffn=48)
-
-
-@pytest.fixture(autouse=True)
-def full_precision():
-    with jax.default_matmul_precision("highest"):
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +25,7 @@ def checkpoint(tmp_path_factory) -> Path:
     spec.loader.exec_module(weights)
     manifest = json.loads((GOLDEN / "manifests/umt5_tiny.json").read_text())
     path = tmp_path_factory.mktemp("umt5") / "umt5.safetensors"
-    engine.write_safetensors(path, {key: weights.tensor_for(key, shape) for key, shape in manifest.items()})
+    write_safetensors(path, {key: weights.tensor_for(key, shape) for key, shape in manifest.items()})
     return path
 
 
@@ -59,7 +54,7 @@ def test_matches_released_program(params, golden, encode):
 
 def test_conversion_round_trip_is_byte_equal(checkpoint, params, tmp_path):
     back = engine.to_torch(umt5.TABLE, params)
-    engine.write_safetensors(tmp_path / "back.safetensors", back)
+    write_safetensors(tmp_path / "back.safetensors", back)
     before, after = engine.read_safetensors(checkpoint), engine.read_safetensors(tmp_path / "back.safetensors")
     assert before.keys() == after.keys()
     for key, value in before.items():

@@ -29,12 +29,6 @@ MODEL = WanVAE(CFG)
 F, T, H, W = 9, 3, 8, 12
 
 
-@pytest.fixture(autouse=True)
-def full_precision():
-    with jax.default_matmul_precision("highest"):
-        yield
-
-
 @pytest.fixture(scope="module")
 def params() -> dict:
     """Random everywhere: biases, norm scales and the attention's output layer too, which init leaves at 0 or 1."""
