@@ -21,9 +21,11 @@ def get_config() -> ml_collections.ConfigDict:
             "latents": "runs/latents",
             "clips": 640,
             "clip_frames": 125,
-            "stages": (  # up to step, first frames of a clip, clips in a batch
-                (2000, 61, 12),
-                (2600, 125, 8),
+            # Up to step; then kinds of batches, taken in turn: first frames of a clip, clips.
+            "stages": (
+                (2000, ((61, 12),)),
+                (2600, ((125, 8),)),
+                (6000, ((61, 12), (125, 6), (81, 10), (125, 6))),
             ),
             # loss
             "drop_both": 0.1,  # prompt and voice
@@ -32,8 +34,8 @@ def get_config() -> ml_collections.ConfigDict:
             "timesteps": "uniform",
             "motion_gain": 2.0,
             # optimizer
-            "steps": 2600,
-            "learning_rates": ((2600, 1.5e-3),),  # up to step, peak
+            "steps": 6000,
+            "learning_rates": ((2600, 1.5e-3), (6000, 1e-3)),  # up to step, peak
             "warmup_steps": 100,
             "final_lr_share": 0.03,
             "weight_decay": 0.01,

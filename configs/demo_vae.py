@@ -23,14 +23,15 @@ def get_config() -> ml_collections.ConfigDict:
                 (2500, ((1, 32, 32), (1, 32, 32), (1, 64, 8))),
                 (4000, ((13, 32, 6), (49, 32, 2))),
                 (4200, ((25, 64, 1), (65, 64, 1))),
+                (7200, ((13, 32, 6), (25, 64, 1), (49, 32, 2), (65, 64, 1))),
             ),
             # loss
             "motion_gain": 4.0,
-            "l2_weight": 2.0,
+            "l2_weight": 8.0,
             "kl_weight": 3e-4,
             # optimizer
-            "steps": 4200,
-            "learning_rates": ((2500, 2e-3), (4200, 8e-4)),  # up to step, peak
+            "steps": 7200,
+            "learning_rates": ((2500, 2e-3), (4200, 8e-4), (7200, 8e-4)),  # up to step, peak
             "warmup_steps": 100,
             "final_lr_share": 0.05,
             "weight_decay": 1e-4,

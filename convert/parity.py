@@ -23,9 +23,10 @@ import numpy as np
 from convert import clip, dit, golden_loops, umt5, vae
 from convert.engine import Table, read_safetensors, to_jax
 from emv3_jax.checkpoint import write_safetensors
-from emv3_jax.config import CLIPConfig, DiTConfig, UMT5Config, VAEConfig
+from emv3_jax.config import DIT_FLASH, DIT_PREVIEW, AudioWindowConfig, CLIPConfig, DiTConfig, UMT5Config, VAEConfig
 from emv3_jax.diffusion import flow, solvers
 from emv3_jax.errors import UserError
+from emv3_jax.layers import rotary_frequencies
 from emv3_jax.models.audio_tokens import audio_ranges
 from emv3_jax.models.clip import CLIPVision
 from emv3_jax.models.dit import Conditions, DiT
@@ -38,6 +39,9 @@ Pair = tuple[jax.Array | np.ndarray, np.ndarray]  # what this program computes, 
 DIT_TINY = DiTConfig(
     width=48, heads=4, layers=2, ffn=96, time_features=32, text_width=24, text_len=12, audio_width=10, image_width=20
 )  # fmt: skip
+DIT_FLASH_TINY = dataclasses.replace(
+    DIT_TINY, audio_width=8, audio_windows=AudioWindowConfig(layers=3, hidden=16, tokens=5)
+)
 UMT5_TINY = UMT5Config(vocab=97, width=32, attention_width=32, heads=4, layers=3, ffn=48)
 CLIP_TINY = CLIPConfig(image_size=28, patch=14, width=32, heads=4, layers=3)
 
@@ -87,25 +91,35 @@ def padded_text(states: np.ndarray, cfg: DiTConfig) -> np.ndarray:
 
 @functools.cache
 def dit_params(golden: Golden, manifest: str, cfg: DiTConfig) -> dict:
-    """Parameters of a preview transformer."""
-    return golden.params(manifest, dit.PREVIEW, dit.target_tree(cfg))
+    """Parameters of a transformer."""
+    return golden.params(manifest, dit.table(cfg), dit.target_tree(cfg))
 
 
-def dit_preview(golden: Golden, name: str, cfg: DiTConfig) -> Pair:
-    """One velocity of the preview transformer."""
+def dit_velocity(golden: Golden, name: str, cfg: DiTConfig) -> Pair:
+    """One velocity of a transformer, preview or flash."""
     g = golden.arrays(name)
     prompts = sorted(key for key in g if key.startswith("text"))
+    tokens = int(np.prod(g["x"].shape[3:])) // int(np.prod(cfg.patch))
     cond = Conditions(
         given=channels_last(g["y"]),
         text=np.stack([padded_text(g[key], cfg) for key in prompts]),
         image=g["clip"],
         audio=g["audio"],
-        face_mask=g["face_mask"],
-        audio_scale=np.full(len(g["x"]), g["audio_scale"], np.float32),
+        face_mask=g.get("face_mask", np.ones((len(g["x"]), tokens), np.float32)),
+        audio_scale=np.full(len(g["x"]), g.get("audio_scale", 1.0), np.float32),
     )
-    params = dit_params(golden, name, cfg)
+    params = dit_params(golden, name.removeprefix("full/"), cfg)
     out = jax.jit(DiT(cfg).apply)({"params": params}, channels_last(g["x"]), g["t"], cond)
     return out, channels_last(g["out"])
+
+
+def riflex(golden: Golden) -> Pair:
+    """Cosine and sine of RIFLEx's temporal rotary table."""
+    g = golden.arrays("riflex")
+    positions, count = g["cos"].shape
+    theta = DiTConfig().rope_theta
+    angles = np.outer(np.arange(positions), rotary_frequencies(count, theta, int(g["k"]), int(g["L_test"])))
+    return np.stack([np.cos(angles), np.sin(angles)]), np.stack([g["cos"], g["sin"]])
 
 
 def dit_audio_ranges(golden: Golden) -> Pair:
@@ -183,8 +197,10 @@ class Case:
 
 
 CASES = (
-    Case("dit_preview_tiny", "dit_preview_tiny", 1e-5, lambda g: dit_preview(g, "dit_preview_tiny", DIT_TINY)),
+    Case("dit_preview_tiny", "dit_preview_tiny", 1e-5, lambda g: dit_velocity(g, "dit_preview_tiny", DIT_TINY)),
+    Case("dit_flash_tiny", "dit_flash_tiny", 1e-5, lambda g: dit_velocity(g, "dit_flash_tiny", DIT_FLASH_TINY)),
     Case("dit_preview_tiny.audio_ranges", "dit_preview_tiny", 0.0, dit_audio_ranges),
+    Case("riflex", "riflex", 1e-5, riflex),
     Case("vae.latent_mean", "vae", 1e-4, lambda g: vae_output(g, 0, "latent_mean")),
     Case("vae.latent_logvar", "vae", 1e-4, lambda g: vae_output(g, 1, "latent_logvar")),
     Case("vae.decoded", "vae", 1e-4, lambda g: vae_output(g, 2, "decoded")),
@@ -205,15 +221,17 @@ CASES = (
 # The real sizes, run with --full on a machine that has the memory.
 FULL_CASES = (
     Case("full/dit_preview_full", "full/dit_preview_full", 1e-4,
-         lambda g: dit_preview(g, "full/dit_preview_full", DiTConfig())),
+         lambda g: dit_velocity(g, "full/dit_preview_full", DIT_PREVIEW)),
+    Case("full/dit_flash_full", "full/dit_flash_full", 1e-4,
+         lambda g: dit_velocity(g, "full/dit_flash_full", DIT_FLASH)),
 )  # fmt: skip
 
 # Golden values that nothing here computes yet; printed, so that a reader of the table knows.
 NOT_COVERED = (
-    "dit_flash_tiny", "wav2vec2_tiny", "riflex", "loop_flash", "loop_long",
+    "wav2vec2_tiny", "loop_flash", "loop_long",
     "loop_preview: unipc, dpmpp, teacache12, teacache12_linear", "schedulers: unipc, dpmpp",
 )  # fmt: skip
-NOT_COVERED_FULL = ("full/dit_flash_full", "full/umt5_wide", "full/clip_full", "full/wav2vec2_base")
+NOT_COVERED_FULL = ("full/umt5_wide", "full/clip_full", "full/wav2vec2_base")
 
 
 def relative_error(got: jax.Array | np.ndarray, want: np.ndarray) -> float:

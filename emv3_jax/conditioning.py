@@ -17,11 +17,9 @@ from emv3_jax.config import Preset
 from emv3_jax.models import clip as clip_model
 from emv3_jax.models.clip import CLIPVision
 from emv3_jax.models.dit import Conditions
-from emv3_jax.models.log_mel import log_mel_features
+from emv3_jax.models.log_mel import log_mel_features, normalise
 from emv3_jax.models.umt5 import UMT5Encoder
-from emv3_jax.puppets import law
-from emv3_jax.puppets.prompts import VOCABULARY
-from emv3_jax.puppets.tokenizer import WordTokenizer
+from emv3_jax.tokenizers import WordTokenizer
 
 Params = Any
 
@@ -40,12 +38,12 @@ class Prepared:
 
 def tokenizer(preset: Preset) -> WordTokenizer:
     """The tokenizer of a preset."""
-    return WordTokenizer(VOCABULARY, preset.dit.text_len)
+    return WordTokenizer(preset.vocabulary, preset.dit.text_len)
 
 
 def audio_features(wave: np.ndarray, frames: int) -> np.ndarray:
     """wave [n] at 16 kHz, any level -> [2·frames, audio_width] (SPEC 3, Audio: zero mean, unit variance per clip)."""
-    return log_mel_features(law.normalise(wave), frames)
+    return log_mel_features(normalise(wave), frames)
 
 
 def face_tokens(box: tuple[float, float, float, float] | None, height: int, width: int) -> np.ndarray:
@@ -104,6 +102,12 @@ def stack(rows: Sequence[Prepared]) -> Prepared:
     return jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
 
 
+def encode_text(params: Params, preset: Preset, ids: jax.Array, mask: jax.Array) -> jax.Array:
+    """ids, mask [B, text_len] -> states [B, text_len, text_width], zeros after the prompt's real length."""
+    states = UMT5Encoder(preset.text).apply({"params": params["text"]}, ids, mask)
+    return states * mask[..., None]
+
+
 def encode(params: Params, preset: Preset, prepared: Prepared, given: jax.Array) -> Conditions:
     """Runs the text and the image encoder.
 
@@ -112,13 +116,12 @@ def encode(params: Params, preset: Preset, prepared: Prepared, given: jax.Array)
       prepared: a batch.
       given: [B, T, h, w, 4 + 16] mask channels, then masked latents.
     """
-    states = UMT5Encoder(preset.text).apply({"params": params["text"]}, prepared.ids, prepared.text_mask)
     pixels = clip_model.preprocess(prepared.image, preset.image.image_size)
     image = CLIPVision(preset.image).apply({"params": params["image"]}, pixels)
     batch = prepared.ids.shape[0]
     return Conditions(
         given=given,
-        text=states * prepared.text_mask[..., None],
+        text=encode_text(params, preset, prepared.ids, prepared.text_mask),
         image=image * prepared.has_image[:, None, None],
         audio=prepared.audio,
         face_mask=prepared.face_mask,

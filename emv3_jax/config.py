@@ -6,6 +6,9 @@ properties. Experiments (learning rates, schedules, paths) live in `configs/`, n
 
 import dataclasses
 
+FPS = 25  # video frames a second
+RATE = 16_000  # sound samples a second, mono
+
 # Per-channel statistics of the released VAE's latents (SPEC section 3).
 WAN_LATENT_MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
                    0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)  # fmt: skip
@@ -35,8 +38,22 @@ class VAEConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class AudioWindowConfig:
+    """Flash: a window of video frames around each latent frame becomes a fixed number of audio tokens (SPEC 2)."""
+
+    layers: int = 12  # of the audio encoder, all of which are heard
+    hidden: int = 512
+    tokens: int = 32  # per latent frame
+    neighbours: int = 2  # video frames on either side
+
+
+@dataclasses.dataclass(frozen=True)
 class DiTConfig:
-    """Diffusion transformer with coupled-decoupled cross-attention (SPEC section 2)."""
+    """Diffusion transformer with coupled-decoupled cross-attention (SPEC section 2).
+
+    `audio_windows` says which variant it is: None is preview (one audio token per feature, face mask), otherwise flash
+    (tokens made of windows of features, keys and values with a bias).
+    """
 
     width: int = 1536
     heads: int = 12
@@ -48,10 +65,12 @@ class DiTConfig:
     image_width: int = 1280
     image_tokens: int = 257
     audio_width: int = 768
+    audio_windows: AudioWindowConfig | None = None
     latent_channels: int = 16
     mask_channels: int = 4
     patch: tuple[int, int, int] = (1, 2, 2)
     rope_theta: float = 10000.0
+    riflex: int = 0  # RIFLEx, for videos longer than trained: k, which temporal frequency is slowed down; 0 is off
     remat: bool = False
     dtype: str = "float32"  # of the matmuls; parameters, norms, modulation and softmax stay float32
 
@@ -63,6 +82,10 @@ class DiTConfig:
     def in_channels(self) -> int:
         """Noisy latents, mask, masked-video latents, in this order."""
         return 2 * self.latent_channels + self.mask_channels
+
+
+DIT_PREVIEW = DiTConfig()
+DIT_FLASH = DiTConfig(audio_windows=AudioWindowConfig())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,8 +119,23 @@ class CLIPConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class Wav2Vec2Config:
+    """wav2vec2-base speech encoder: 50 features a second of 16 kHz sound."""
+
+    width: int = 768
+    heads: int = 12
+    layers: int = 12
+    ffn: int = 3072
+    conv_width: int = 512
+    conv_kernels: tuple[int, ...] = (10, 3, 3, 3, 3, 2, 2)
+    conv_strides: tuple[int, ...] = (5, 2, 2, 2, 2, 2, 2)
+    positional_taps: int = 128
+    positional_groups: int = 16
+
+
+@dataclasses.dataclass(frozen=True)
 class Preset:
-    """All the sizes of one pipeline."""
+    """All the sizes of one pipeline, and which tokenizer and audio encoder it was trained with."""
 
     name: str
     vae: VAEConfig
@@ -107,7 +145,15 @@ class Preset:
     height: int  # of the pictures it was trained on
     width: int
     max_frames: int  # longest clip in one piece
+    vocabulary: tuple[str, ...]  # of the word tokenizer
 
+
+# The words of the puppets' grammar (puppets/prompts.py), in the order that the demo's text encoder has learnt.
+PUPPET_WORDS = tuple((
+    "a and angry calm camera does from frowns hand happy head in is its keeps looks move nodding nods not "
+    "puppet sad shakes shaking side sits slow slowly smiles speaks still surprised swaying sways talks the to "
+    "turns waves waving zoom zooms . ,"
+).split())  # fmt: skip
 
 DEMO = Preset(
     name="demo",
@@ -121,5 +167,6 @@ DEMO = Preset(
     height=64,
     width=64,
     max_frames=125,
+    vocabulary=PUPPET_WORDS,
 )  # fmt: skip
 PRESETS = {preset.name: preset for preset in (DEMO,)}

@@ -52,19 +52,38 @@ def sinusoidal_features(t: jax.Array, width: int) -> jax.Array:
     return jnp.concatenate([jnp.cos(phase), jnp.sin(phase)], axis=-1)
 
 
-def rotary_tables(grid: tuple[int, int, int], head_width: int, theta: float) -> tuple[jax.Array, jax.Array]:
+RIFLEX_SHARE = 0.9  # of one turn of the slowed frequency that a whole video takes
+RIFLEX_STRETCH = 4.886  # by which the released program slows it down further
+
+
+def rotary_frequencies(count: int, theta: float, riflex: int = 0, frames: int = 1) -> np.ndarray:
+    """Radians per position of `count` rotary pairs, float64.
+
+    RIFLEx: the frequency number `riflex` (from 1) is slowed down so far that a video of `frames` latent frames never
+    comes round to where it began, and so does not repeat itself (SPEC section 2). 0 is off.
+    """
+    frequencies = np.power(theta, -np.arange(count) / count)
+    if riflex:
+        frequencies[riflex - 1] = RIFLEX_SHARE * 2 * np.pi / frames / RIFLEX_STRETCH
+    return frequencies
+
+
+def rotary_tables(
+    grid: tuple[int, int, int], head_width: int, theta: float, riflex: int = 0
+) -> tuple[jax.Array, jax.Array]:
     """Cosine and sine, each [T·H·W, K/2] float32, of the rotary angles on a (T, H, W) token grid.
 
     Of the K/2 frequencies of a head, height and width get K//6 each and time the rest (22, 21, 21 of 64). Angles are
     computed in float64, one axis at a time; only the small per-axis tables become constants of the program.
+    `riflex`: see `rotary_frequencies`; of the axis of time.
     """
     side = head_width // 6
     tables = []
     for axis, (size, count) in enumerate(zip(grid, (head_width // 2 - 2 * side, side, side), strict=True)):
-        angles = np.outer(np.arange(size), np.power(theta, -np.arange(count) / count))
+        frequencies = rotary_frequencies(count, theta, riflex if axis == 0 else 0, grid[0])
         shape = [1, 1, 1, count]
         shape[axis] = size
-        tables.append(angles.reshape(shape))
+        tables.append(np.outer(np.arange(size), frequencies).reshape(shape))
 
     def spread(f: Callable[[np.ndarray], np.ndarray]) -> jax.Array:
         parts = [jnp.broadcast_to(f(a).astype(np.float32), (*grid, a.shape[-1])) for a in tables]

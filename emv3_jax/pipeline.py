@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from emv3_jax import checkpoint, conditioning, tasks
-from emv3_jax.config import PRESETS, Preset
+from emv3_jax.config import FPS, PRESETS, RATE, Preset
 from emv3_jax.diffusion import flow, guidance, solvers
 from emv3_jax.diffusion import sampler as sampling
 from emv3_jax.diffusion.phda import PhDAConfig
@@ -22,8 +22,6 @@ from emv3_jax.models.clip import CLIPVision
 from emv3_jax.models.dit import Conditions, DiT
 from emv3_jax.models.umt5 import UMT5Encoder
 
-FPS = 25
-RATE = 16_000
 WEIGHTS = pathlib.Path(__file__).parent / "weights"
 OnStep = Callable[[int, int], None]
 
@@ -194,13 +192,24 @@ class Pipeline:
 
     @functools.cached_property
     def _contexts(self) -> Any:
-        """(velocity, encoder params, prepared, given) -> contexts of all branches."""
+        """(velocity, encoder params, prepared, given, negative ids and mask, branches) -> contexts of the branches."""
 
-        def build(velocity: Any, params: Any, prepared: conditioning.Prepared, given: jax.Array) -> Any:
-            encode = functools.partial(conditioning.encode, params, self.preset)
-            return velocity.contexts(jax.vmap(encode, in_axes=(0, None))(prepared, given))
+        def build(
+            velocity: Any, params: Any, prepared: conditioning.Prepared, given: jax.Array,
+            negative: tuple[jax.Array, jax.Array], chain: tuple[guidance.Branch, ...],
+        ) -> Any:  # fmt: skip
+            cond = conditioning.encode(params, self.preset, prepared, given)
+            text = jnp.broadcast_to(conditioning.encode_text(params, self.preset, *negative), cond.text.shape)
+            silence = jnp.zeros_like(cond.audio)
+            rows = [
+                dataclasses.replace(
+                    cond, text=cond.text if one.prompt else text, audio=cond.audio if one.audio else silence
+                )
+                for one in chain
+            ]
+            return velocity.contexts(guidance.stack_branches(rows))
 
-        return jax.jit(build)
+        return jax.jit(build, static_argnames="chain")
 
     def given_latents(self, videos: np.ndarray, masks: np.ndarray) -> jax.Array:
         """videos [B, F, H, W, 3] in [-1, 1] and pixel masks [B, F, H, W, 1] -> mask channels and masked latents."""
@@ -211,17 +220,10 @@ class Pipeline:
         on_step: OnStep | None = None,
     ) -> jax.Array:  # fmt: skip
         """Follows the guided velocity from noise [B, T, h, w, 16] to clean latents."""
-        ids, mask = conditioning.tokenizer(self.preset).encode([options.negative_prompt])
-        rows = []
-        for branch in guidance.branches(options.text_scale, options.audio_scale):
-            row = prepared
-            if not branch.prompt:
-                negative = {"ids": jnp.broadcast_to(ids, row.ids.shape),
-                            "text_mask": jnp.broadcast_to(mask, row.text_mask.shape)}  # fmt: skip
-                row = dataclasses.replace(row, **negative)
-            rows.append(row if branch.audio else dataclasses.replace(row, audio=jnp.zeros_like(row.audio)))
+        negative = conditioning.tokenizer(self.preset).encode([options.negative_prompt])
         encoders = {name: self.params[name] for name in ("text", "image")}
-        contexts = self._contexts(self._velocity, encoders, guidance.stack_branches(rows), given)
+        chain = guidance.branches(options.text_scale, options.audio_scale)
+        contexts = self._contexts(self._velocity, encoders, prepared, given, negative, chain=chain)
         velocity = guidance.guide(self._velocity, contexts, options.text_scale, options.audio_scale)
         grid = flow.flow_grid(options.steps, options.shift)
         return sampling.sample(velocity, solvers.euler(grid), grid, noise, on_step)

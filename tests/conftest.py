@@ -11,7 +11,8 @@ import pytest
 from emv3_jax import config
 from emv3_jax.pipeline import Pipeline, expected_params
 
-TINY = config.Preset(
+TINY = dataclasses.replace(
+    config.DEMO,
     name="tiny",
     vae=dataclasses.replace(config.DEMO.vae, width=4),
     dit=dataclasses.replace(config.DEMO.dit, width=32, heads=2, layers=2, ffn=48, time_features=16),

@@ -1,6 +1,9 @@
+from pathlib import Path
+
 import jax.numpy as jnp
 import numpy as np
 
+from convert import parity
 from emv3_jax.layers import apply_rotary, rotary_tables, sinusoidal_features
 
 
@@ -21,3 +24,12 @@ def test_rotary_equals_complex_rotation():
     pairs = x.astype(np.float64).view(np.complex128) * np.exp(1j * angles)[None, :, None]
     got = apply_rotary(jnp.asarray(x), rotary_tables(grid, width, 10000.0))
     np.testing.assert_allclose(got, pairs.view(np.float64), atol=2e-6)
+
+
+def test_riflex_slows_one_temporal_frequency_down():
+    assert parity.relative_error(*parity.riflex(parity.Golden(Path(__file__).parent / "golden"))) < 1e-6
+    plain, slowed = (rotary_tables((29, 2, 2), 128, 10000.0, riflex=k)[1] for k in (0, 6))
+    different = np.flatnonzero(np.abs(plain - slowed).max(0) > 1e-6)
+    np.testing.assert_array_equal(different, [5])  # of time; height and width keep theirs
+    turns = np.unwrap(2 * np.arcsin(np.clip(np.asarray(slowed)[::4, 5], -1, 1)) / 2)
+    assert turns[-1] < 2 * np.pi  # no moment looks like another

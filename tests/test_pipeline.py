@@ -14,7 +14,6 @@ from emv3_jax.errors import UserError
 from emv3_jax.models import log_mel
 from emv3_jax.models import vae as vae_model
 from emv3_jax.pipeline import FPS, RATE, Request, SamplingOptions, read_request
-from emv3_jax.puppets import law
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -260,7 +259,7 @@ def test_a_click_lights_the_feature_of_its_second(second):
     """Feature k hears the moments k - 1, k and k + 1 of 50 a second, in this order."""
     wave = np.zeros(RATE, np.float32)
     wave[round(second * RATE)] = 1.0
-    features = log_mel.log_mel_features(law.normalise(wave), 25)
+    features = log_mel.log_mel_features(log_mel.normalise(wave), 25)
     assert features.shape == (50, log_mel.WIDTH)
     before, now, after = (features[:, i * log_mel.BANDS : (i + 1) * log_mel.BANDS].sum(1) for i in range(3))
     moment = round(50 * second)
@@ -268,7 +267,7 @@ def test_a_click_lights_the_feature_of_its_second(second):
 
 
 def test_log_mel_continues_a_short_wave_with_silence_and_ignores_what_comes_later():
-    wave = law.normalise(WAVE)
+    wave = log_mel.normalise(WAVE)
     whole = log_mel.log_mel_features(wave, 25)
     np.testing.assert_array_equal(log_mel.log_mel_features(wave, 5), whole[:10])
     padded = log_mel.log_mel_features(np.pad(wave, (0, RATE)), 40)

@@ -1,9 +1,19 @@
 """Audio features -> tokens of the transformer, and which of them each latent frame may hear.
 
-Axes: B batch, A audio features (2 per video frame), D width, T latent frames, S tokens of one segment.
+Preview: one token a feature, and a segment of 17 neighbouring ones for each latent frame (`AudioTokens`).
+Flash: 32 tokens a latent frame, made of the features around its four video frames (`AudioWindows`).
+`audio_encoder(cfg)` is the one that a config asks for.
+
+Axes: B batch, A audio features (2 per video frame), F video frames, D width, T latent frames, S tokens of one segment,
+n neighbours on either side of a video frame, W = 2n + 1 video frames of a window.
+
+Shapes at full size, 81 video frames (T = 21):
+  preview  features [B, 162, 768] -> tokens [B, 162, 1536], segments [21, 17]
+  flash    windows [B, 81, 5, 12, 768] -> tokens [B, 672, 1536], segments [21, 32]
 """
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
@@ -24,6 +34,67 @@ class AudioTokens(nn.Module):
         """audio [B, A, audio_width] -> tokens [B, A, D] float32."""
         x = nn.Dense(self.cfg.width, use_bias=False, dtype=self.cfg.dtype, name="proj")(audio)
         return LayerNorm(epsilon=1e-5, name="norm")(x)
+
+    @nn.nowrap
+    def audio_shape(self, audio_len: int) -> tuple[int, ...]:
+        """Shape of one sample's features; any number of them will do."""
+        return audio_len, self.cfg.audio_width
+
+    @nn.nowrap
+    def segments(self, audio_len: int, latent_frames: int) -> np.ndarray:
+        """See `audio_segments`."""
+        return audio_segments(audio_len, latent_frames)
+
+
+class AudioWindows(nn.Module):
+    """A fixed number of tokens per latent frame from the windows of its video frames: four linear layers, ReLU between,
+    then LayerNorm (SPEC 2, flash).
+
+    Of the 4 video frames of a latent frame the first gives the front half of its window, the last the back half, and
+    the two between only themselves, so that each video frame is heard once. The first latent frame is one video frame,
+    and its whole window has a first layer of its own.
+    """
+
+    cfg: DiTConfig
+
+    @nn.compact
+    def __call__(self, audio: jax.Array) -> jax.Array:
+        """audio [B, F, W, layers, audio_width] -> tokens [B, T·S, D] float32."""
+        cfg, sizes = self.cfg, self.cfg.audio_windows
+        batch, frames, window = audio.shape[:3]
+        audio = audio.reshape(batch, frames, window, -1)
+        n, count = sizes.neighbours, (frames - 1) // TEMPORAL_FACTOR
+        groups = audio[:, 1:].reshape(batch, count, TEMPORAL_FACTOR, window, audio.shape[-1])
+        heard = [groups[:, :, 0, : n + 1], groups[:, :, 1:-1, n], groups[:, :, -1, n:]]
+        later = jnp.concatenate(heard, axis=2)
+        later = later.reshape(batch, count, later.shape[2] * later.shape[3])
+        first = audio[:, :1].reshape(batch, 1, window * audio.shape[-1])
+        dense = lambda width, name: nn.Dense(width, dtype=cfg.dtype, name=name)  # noqa: E731
+        x = jnp.concatenate([dense(sizes.hidden, "first_in")(first), dense(sizes.hidden, "later_in")(later)], axis=1)
+        x = nn.relu(dense(sizes.hidden, "middle")(nn.relu(x)))
+        x = dense(sizes.tokens * cfg.width, "out")(x)
+        return LayerNorm(epsilon=1e-5, name="norm")(x.reshape(batch, -1, cfg.width))
+
+    @nn.nowrap
+    def audio_shape(self, audio_len: int) -> tuple[int, ...]:
+        """Shape of one sample's windows for `audio_len` video frames."""
+        sizes = self.cfg.audio_windows
+        return audio_len, 2 * sizes.neighbours + 1, sizes.layers, self.cfg.audio_width
+
+    @nn.nowrap
+    def segments(self, audio_len: int, latent_frames: int) -> np.ndarray:
+        """Token indices that each latent frame attends to: its own, int [T, S].
+
+        Raises ValueError unless the audio lasts just as many video frames.
+        """
+        if audio_len != (latent_frames - 1) * TEMPORAL_FACTOR + 1:
+            raise ValueError(f"audio of {audio_len} video frames does not fit {latent_frames} latent frames")
+        return np.arange(latent_frames * self.cfg.audio_windows.tokens).reshape(latent_frames, -1)
+
+
+def audio_encoder(cfg: DiTConfig, **kwargs) -> AudioTokens | AudioWindows:
+    """The module of a config's variant."""
+    return (AudioTokens if cfg.audio_windows is None else AudioWindows)(cfg, **kwargs)
 
 
 def audio_ranges(audio_len: int, latent_frames: int) -> np.ndarray:

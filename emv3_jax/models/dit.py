@@ -4,7 +4,15 @@ What does not depend on x and t (`DiT.context`) is computed once per clip: embed
 of every layer. `DiT.velocity` is what the sampler follows.
 
 Axes: B batch, T latent frames, h w latent rows and columns, L tokens = T·(h/2)·(w/2), S context tokens, A audio
-features, N heads, K head width, D width, C channels, p q r patch offsets.
+features, N heads, K head width, D width, C channels, p q r patch offsets; F video frames and W frames of a window in
+the flash variant.
+
+Shapes at full size, 81 frames of 480x832 (1.71 B parameters preview, 1.86 B flash):
+  x          [B, 21, 60, 104, 16], given [B, 21, 60, 104, 4 + 16]
+  tokens     [B, 32760, 1536] through 30 blocks of 12 heads x 128
+  contexts   text [B, 512, 4096], image [B, 257, 1280], audio preview [B, 162, 768] or flash [B, 81, 5, 12, 768]
+  keys       a layer: text [B, 512, 12, 128], image [B, 257, 12, 128], audio [B, 21, 17 or 32, 12, 128]
+  velocity   [B, 21, 60, 104, 16]
 """
 
 import jax
@@ -16,7 +24,7 @@ from flax import struct
 from emv3_jax.attention import attention
 from emv3_jax.config import DiTConfig
 from emv3_jax.layers import MLP, LayerNorm, RMSNorm, apply_rotary, gelu_exact, rotary_tables, sinusoidal_features
-from emv3_jax.models.audio_tokens import AudioTokens, audio_segments
+from emv3_jax.models.audio_tokens import audio_encoder
 from emv3_jax.models.cdca import CDCA, Branches, CrossKV, ModalityKV
 
 Rotary = tuple[jax.Array, jax.Array]
@@ -29,8 +37,10 @@ class Conditions:
     given: jax.Array  # [B, T, h, w, 4 + 16]: mask channels (1 = given), then masked latents; zeros for T2V
     text: jax.Array  # [B, text_len, text_width], zeros after the prompt's real length
     image: jax.Array  # [B, image_tokens, image_width]; zeros without an image
-    audio: jax.Array  # [B, A, audio_width], 2 features per video frame; zeros are silence
-    face_mask: jax.Array  # [B, (h/2)·(w/2)] in {0, 1}: where the audio may act
+    audio: (
+        jax.Array
+    )  # preview [B, A, audio_width], 2 per video frame; flash [B, F, W, layers, audio_width]; 0 is silence
+    face_mask: jax.Array  # [B, (h/2)·(w/2)] in {0, 1}: where the audio may act; flash: ones
     audio_scale: jax.Array  # [B], multiplies the audio branch
 
 
@@ -146,7 +156,7 @@ class DiT(nn.Module):
         self.patch_embedding = PatchEmbed(cfg)
         self.text_embedding = MLP(cfg.width, cfg.width, dtype=cfg.dtype)
         self.image_embedding = ImageEmbed(cfg)
-        self.audio_tokens = AudioTokens(cfg)
+        self.audio_tokens = audio_encoder(cfg)
         self.time_embedding = MLP(cfg.width, cfg.width, nn.silu)
         self.time_projection = nn.Dense(6 * cfg.width, kernel_init=nn.initializers.zeros)
         self.head = Head(cfg)
@@ -163,7 +173,7 @@ class DiT(nn.Module):
         text, image, audio = (
             self.text_embedding(cond.text), self.image_embedding(cond.image), self.audio_tokens(cond.audio)
         )  # fmt: skip
-        segments = audio_segments(cond.audio.shape[1], cond.given.shape[1])
+        segments = self.audio_tokens.segments(cond.audio.shape[1], cond.given.shape[1])
         _, kv = self.cross_kv(None, text, image, audio, segments)
         return Context(given=cond.given, kv=kv, audio_gain=cond.face_mask * cond.audio_scale[:, None])
 
@@ -183,7 +193,7 @@ class DiT(nn.Module):
         gain = jnp.tile(context.audio_gain, (1, grid[0]))[:, :, None, None]  # the same for every latent frame
         time = self.time_embedding(sinusoidal_features(t, cfg.time_features))
         modulation = self.time_projection(nn.silu(time)).reshape(-1, 6, cfg.width)
-        rotary = rotary_tables(grid, cfg.head_width, cfg.rope_theta)
+        rotary = rotary_tables(grid, cfg.head_width, cfg.rope_theta, cfg.riflex)
 
         tokens = self.patch_embedding(jnp.concatenate([x, context.given], axis=-1))
         tokens, _ = self.blocks(tokens, context.kv, modulation, rotary, Branches(text, image, audio * gain))
@@ -220,7 +230,7 @@ def _check_conditions(cfg: DiTConfig, cond: Conditions) -> None:
         "given": (batch, frames, height, width, cfg.mask_channels + cfg.latent_channels),
         "text": (batch, cfg.text_len, cfg.text_width),
         "image": (batch, cfg.image_tokens, cfg.image_width),
-        "audio": (batch, cond.audio.shape[1], cfg.audio_width),
+        "audio": (batch, *audio_encoder(cfg, parent=None).audio_shape(cond.audio.shape[1])),
         "face_mask": (batch, spatial),
         "audio_scale": (batch,),
     }

@@ -9,12 +9,20 @@ import functools
 
 import numpy as np
 
-RATE = 16_000
+from emv3_jax.config import RATE
+
 HOP = 320  # 50 features a second
 WINDOW = 640
 BANDS = 24
 PERIODS = (8, 16, 32, 64)  # of the clocks, in features; a latent frame is 8
 WIDTH = 3 * BANDS + 2 * len(PERIODS)
+SILENCE = 1e-3  # deviation of a waveform in [-1, 1] below which nothing is amplified to speech
+
+
+def normalise(wave: np.ndarray) -> np.ndarray:
+    """[n] waveform -> zero mean, unit variance (SPEC section 3, Audio); silence, dithered or not, stays silent."""
+    wave = np.asarray(wave, np.float32) - np.float32(np.mean(wave))
+    return wave / np.float32(max(np.sqrt(np.mean(np.square(wave, dtype=np.float64))), SILENCE))
 
 
 @functools.lru_cache(maxsize=1)
@@ -29,7 +37,7 @@ def _filters() -> np.ndarray:
 
 
 def log_mel_features(wave: np.ndarray, frames: int) -> np.ndarray:
-    """wave [n] at 16 kHz, zero mean and unit variance (law.normalise) -> [2·frames, WIDTH] float32.
+    """wave [n] at 16 kHz, zero mean and unit variance (`normalise`) -> [2·frames, WIDTH] float32.
 
     Feature k is centred on second k/50; the wave is continued with silence.
     """

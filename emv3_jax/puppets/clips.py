@@ -5,9 +5,9 @@ import functools
 
 import numpy as np
 
+from emv3_jax.config import FPS, RATE
 from emv3_jax.puppets import law, prompts, renderer, voice, world
 
-RATE, FPS = law.RATE, law.FPS
 REST_SHARE = 0.7  # of the clips whose first frame is a portrait at rest, its mouth closed whatever is being said
 
 

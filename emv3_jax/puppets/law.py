@@ -5,20 +5,14 @@ Mouth height follows the smoothed loudness, mouth width the spectral brightness.
 
 import numpy as np
 
-RATE = 16_000
-FPS = 25
+from emv3_jax.config import FPS, RATE
+from emv3_jax.models.log_mel import normalise
+
 QUIET_DB, LOUD_DB = -22.0, 6.0  # of a waveform of unit variance: mouth closed, mouth wide open
 DARK_HZ, BRIGHT_HZ = 450.0, 2200.0  # spectral centroids of the narrowest and the widest mouth
 SMOOTH_FRAMES = 1.4  # standard deviation of the smoothing, in video frames
-SILENCE = 1e-3  # deviation of a waveform in [-1, 1] below which nothing is amplified to speech
 _HOP = RATE // 100
 _WINDOW = 4 * _HOP
-
-
-def normalise(wave: np.ndarray) -> np.ndarray:
-    """[n] waveform -> zero mean, unit variance (SPEC section 3, Audio); silence, dithered or not, stays silent."""
-    wave = np.asarray(wave, np.float32) - np.float32(np.mean(wave))
-    return wave / np.float32(max(np.sqrt(np.mean(np.square(wave, dtype=np.float64))), SILENCE))
 
 
 def _smooth(x: np.ndarray, deviation: float) -> np.ndarray:

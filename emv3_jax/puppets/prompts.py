@@ -1,6 +1,7 @@
-"""The small grammar of prompts: motion, expression, camera. Text decides these, audio the mouth, image the identity."""
+"""The small grammar of prompts: motion, expression, camera. Text decides these, audio the mouth, image the identity.
 
-import re
+Its words are `config.PUPPET_WORDS`, which the demo's tokenizer is made of.
+"""
 
 import numpy as np
 
@@ -36,14 +37,6 @@ def make_prompt(motion: str, expression: str, camera: str, rng: np.random.Genera
     sentence = f"{pick(SUBJECTS)} {first} and {second}, {pick(CAMERA_WORDS[camera])}."
     return sentence[0].upper() + sentence[1:]
 
-
-def _words(*tables: dict[str, tuple[str, ...]]) -> tuple[str, ...]:
-    text = " ".join(phrase for table in tables for options in table.values() for phrase in options)
-    return tuple(sorted(set(re.findall(r"[a-z]+", text + " and talks speaks " + " ".join(SUBJECTS)))))
-
-
-VOCABULARY: tuple[str, ...] = (*_words(MOTION_WORDS, EXPRESSION_WORDS, CAMERA_WORDS), ".", ",")
-"""Every word of the grammar, in a fixed order: the demo's tokenizer is built from it."""
 
 assert set(MOTION_WORDS) == set(MOTIONS) and set(EXPRESSION_WORDS) == set(EXPRESSIONS)
 assert set(CAMERA_WORDS) == set(CAMERAS)

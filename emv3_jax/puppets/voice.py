@@ -9,9 +9,8 @@ import dataclasses
 import numpy as np
 from scipy.signal import lfilter
 
+from emv3_jax.config import RATE
 from emv3_jax.puppets.world import generator
-
-RATE = 16_000
 
 # First three formants in Hz of an adult voice, and how open the vowel is (loudness).
 VOWELS = {"a": (780, 1250, 2550, 1.0), "e": (520, 1850, 2550, 0.8), "i": (300, 2250, 2950, 0.6),

@@ -18,6 +18,7 @@ from emv3_jax.models.dit import DiT
 from emv3_jax.pipeline import Pipeline, SamplingOptions, expected_params, init_params
 from emv3_jax.puppets import clips, evaluation
 from emv3_jax.training import losses, pictures
+from emv3_jax.training.stages import kind_of_batch
 
 TRAINED = ("dit", "text", "image")
 
@@ -50,11 +51,11 @@ class DiTRecipe:
 
     def batch(self, step: int) -> dict[str, Any]:
         cfg = self.cfg
-        _, frames, size = next((stage for stage in cfg.stages if step <= stage[0]), cfg.stages[-1])
+        frames, size = kind_of_batch(cfg.stages, step)
         picked = np.random.default_rng([cfg.seed, step]).choice(cfg.clips, size=size, replace=False)
         arrays = {name: values[picked] for name, values in self._clips.items()}
         # The VAE is causal: the first latents of a clip are those of a shorter clip. (Cut, FLF2V loses its given last
-        # frame and is I2V; in the stage of whole clips it is itself.)
+        # frame and is I2V; in batches of whole clips it is itself.)
         latent_frames = (frames - 1) // self.preset.vae.temporal_factor + 1
         ends = {"latents": latent_frames, "given": latent_frames, "audio": 2 * frames}
         arrays = {k: v[:, : ends[k]] if k in ends else v for k, v in arrays.items()}

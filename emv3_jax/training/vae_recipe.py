@@ -14,6 +14,7 @@ from emv3_jax.models import vae as vae_model
 from emv3_jax.models.vae import WanVAE
 from emv3_jax.puppets import clips, metrics
 from emv3_jax.training import losses, pictures
+from emv3_jax.training.stages import kind_of_batch
 
 
 class VAERecipe:
@@ -52,8 +53,7 @@ class VAERecipe:
 
     def batch(self, step: int) -> jax.Array:
         cfg = self.cfg
-        kinds = next((kinds for until, kinds in cfg.stages if step <= until), cfg.stages[-1][1])
-        frames, size, batch = kinds[step % len(kinds)]
+        frames, size, batch = kind_of_batch(cfg.stages, step)
         rng = np.random.default_rng([cfg.seed, step])
         return clips.sample_crops(rng, batch, frames, size, cfg.picture)
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from emv3_jax.config import RATE
 from emv3_jax.puppets import law, voice
 
 
@@ -17,7 +18,7 @@ def test_the_same_numbers_say_the_same():
 @pytest.mark.parametrize("seconds", [0.2, 1.0, 1.24])
 def test_length_peak_and_type(seconds):
     wave = speak(seconds=seconds)
-    assert wave.shape == (round(seconds * voice.RATE),) and wave.dtype == np.float32
+    assert wave.shape == (round(seconds * RATE),) and wave.dtype == np.float32
     np.testing.assert_allclose(np.abs(wave).max(), 0.7, rtol=1e-5)
 
 
@@ -47,5 +48,5 @@ def test_pitch_is_heard(pitch):
     speaker = voice.Voice(pitch=pitch, tract=1.0, pace=1.2, breath=0.0, lilt=0.0)
     wave = voice.speak("train", 0, speaker, 4.0)
     lags = np.arange(80, 190)
-    period = lags[np.argmax([wave[lag:] @ wave[:-lag] for lag in lags])] / voice.RATE
+    period = lags[np.argmax([wave[lag:] @ wave[:-lag] for lag in lags])] / RATE
     assert 0.95 < period * pitch < 1.15

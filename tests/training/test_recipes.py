@@ -113,7 +113,7 @@ def dit(tiny, tiny_pipeline, tmp_path_factory) -> DiTRecipe:
     checkpoint.save_models(folder, {"vae": tiny_pipeline.params["vae"]})
     cfg = config(
         "demo_dit.py", vae_weights=str(folder / "vae.safetensors"), latents=str(folder / "latents"),
-        clips=4, clip_frames=9, stages=((5, 5, 3), (10, 9, 2)), eval_clips=2, eval_frames=13,
+        clips=4, clip_frames=9, stages=((5, ((5, 3),)), (10, ((9, 2),))), eval_clips=2, eval_frames=13,
         sampling={"steps": 2, "shift": 3.0, "text_scale": 2.0, "audio_scale": 2.0},
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:

@@ -1,4 +1,6 @@
-"""Words to numbers for the puppet world, where the whole language is a short list of words.
+"""Prompts -> token ids.
+
+The demo's whole language is a short list of words.
 
 A prompt is lower-cased and cut into words; punctuation is split off and, unless the vocabulary holds it, dropped.
 """

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from emv3_jax.errors import UserError
-from emv3_jax.puppets.tokenizer import WordTokenizer, split_words
+from emv3_jax.tokenizers import WordTokenizer, split_words
 
 WORDS = ("the", "puppet", "nods", "waves", "its", "hand", "doesn't", ",")
 
