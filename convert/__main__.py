@@ -1,116 +1,176 @@
-"""Checkpoint files in and out: `python -m convert to-jax|to-torch|inspect ...`.
+"""Weights in and out: `python -m convert to-jax|to-torch|inspect ...`.
 
-    python -m convert to-jax   --model dit-preview diffusion_pytorch_model.safetensors preview.jax.safetensors
-    python -m convert to-torch --model dit-preview preview.jax.safetensors diffusion_pytorch_model.safetensors
-    python -m convert inspect  diffusion_pytorch_model.safetensors
+    python -m convert to-jax --from DIR --variant preview --to OUT        all released folders under DIR
+    python -m convert to-jax FILE --to OUT                                one checkpoint: OUT/<model>
+    python -m convert to-jax tuned.safetensors --base wan.safetensors --model dit-preview --to OUT
+    python -m convert to-torch OUT --to DIR                               every model in OUT: DIR/<model>.safetensors
+    python -m convert to-torch OUT/vae --to vae.safetensors
+    python -m convert inspect FILE
 
-The JAX side is a .safetensors file too, whose keys are the parameter paths joined by `/`. Sizes are the released ones;
-`--set width=48 --set layers=2` changes them. A file that does not fit the model key by key is refused: exit code 2, one
-line that says so, then the keys. Outputs appear whole or not at all.
+Checkpoints may be .safetensors, sets of them with an index, or PyTorch pickles (which need torch). Converted weights
+are Orbax folders, or one .safetensors file where OUT ends so. A file that does not fit its model key by key is refused
+before anything is written: exit code 2, one line that says so, then the keys. Outputs appear whole or not at all.
 """
 
 import argparse
-import dataclasses
-import re
 import sys
-from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
-from flax import traverse_util
+import jax
 
-from convert import dit, vae
-from convert.engine import Table, read_safetensors, to_jax, to_torch
-from emv3_jax.checkpoint import write_safetensors
-from emv3_jax.config import DiTConfig, VAEConfig
+from convert import jobs, released
+from convert.jobs import DTYPES, ToJax
+from convert.registry import MODELS, NAMINGS
+from convert.report import describe
+from convert.writers import check_space, claim
+from emv3_jax.converted import RECORD
 from emv3_jax.errors import UserError
 
 
-@dataclasses.dataclass(frozen=True)
-class Model:
-    """What the command line needs to know of a model: its released config, its table and tree for any config."""
-
-    cfg: Any
-    table: Callable[[Any], Table]
-    target_tree: Callable[[Any], dict]
-
-
-MODELS = {
-    "dit-preview": Model(DiTConfig(), lambda cfg: dit.PREVIEW, dit.target_tree),
-    "vae": Model(VAEConfig(), vae.table, vae.target_tree),
-}
-
-
-def configured(cfg: Any, settings: Iterable[str]) -> Any:
-    """`cfg` with integer fields replaced as `NAME=VALUE` says; raises UserError for anything else."""
-    names = [field.name for field in dataclasses.fields(cfg) if type(getattr(cfg, field.name)) is int]
-    for setting in settings:
-        match = re.fullmatch(r"(\w+)=(\d+)", setting)
-        if match is None or match[1] not in names:
-            raise UserError(f"--set {setting}: give NAME=NUMBER with NAME one of {', '.join(names)}")
-        cfg = dataclasses.replace(cfg, **{match[1]: int(match[2])})
-    return cfg
+def to_jax(args: argparse.Namespace) -> None:
+    """One checkpoint, or all parts of a variant."""
+    if (args.root is None) == (args.source is None):
+        raise UserError("give one checkpoint, or --from DIR with --variant, not both")
+    if args.root is not None:
+        convert_released(args)
+        return
+    check_output(args)
+    job = jobs.plan_to_jax(args.source, args.model, args.set, args.dtype, args.base)
+    out = output(args, job.match.model.name)
+    with claim(out.parent):
+        _convert(job, out, args.overwrite)
 
 
-def convert(args: argparse.Namespace) -> None:
-    """to-jax and to-torch."""
-    model = MODELS[args.model]
-    cfg = configured(model.cfg, args.set)
-    table, tree = model.table(cfg), model.target_tree(cfg)
-    if args.source.resolve() == args.output.resolve():
-        raise UserError(f"{args.output}: input and output are the same file; give another output")
-    tensors = read_safetensors(args.source)
-    if args.command == "to-jax":
-        params = to_jax(table, tensors, tree, str(args.source))
-        tensors = traverse_util.flatten_dict(params, sep="/")
+def convert_released(args: argparse.Namespace) -> None:
+    """All parts of a variant; nothing is written before all of them are known to fit."""
+    if args.variant is None:
+        raise UserError("--from needs --variant preview or --variant flash")
+    if args.model or args.set:
+        raise UserError("--model and --set are for single files")
+    out = args.to or args.output
+    if out is None or out.suffix == ".safetensors":
+        raise UserError("--from needs --to FOLDER")
+    found = released.find(args.root, args.variant)
+    for name, path in found.parts.items():
+        print(f"found     {name}: {path}")
+    for line in found.missing:
+        print(f"missing   {line}")
+    for line in found.unused:
+        print(f"not used  {line}")
+    if found.missing:
+        raise UserError(f"{args.root} lacks {len(found.missing)} parts: {'; '.join(found.missing)}")
+    planned, problems = [], []
+    for name, path in found.parts.items():
+        if name != released.TOKENIZER:
+            try:
+                base = args.base if name.startswith("dit-") else None
+                planned.append(jobs.plan_to_jax(path, name, (), args.dtype, base))
+            except UserError as error:
+                problems.append(str(error))
+    if problems:
+        raise UserError("\n".join(problems))
+    with claim(out):
+        check_space(out, max(sum(spec.nbytes for spec in job.header.values()) for job in planned))
+        for job in planned:
+            _convert(job, out / job.match.model.name, args.overwrite)
+        tokenizer = out / released.TOKENIZER
+        copied = jobs.copy_folder(found.parts[released.TOKENIZER], tokenizer, args.overwrite)
+        print(f"{tokenizer}: {'copied' if copied else 'unchanged'}")
+
+
+def _convert(job: ToJax, out: Path, overwrite: bool) -> None:
+    for note in job.notes():
+        print(f"{job.match.model.name}: {note}")
+    written = jobs.run_to_jax(job, out, overwrite)
+    header = job.header
+    dtypes = ", ".join(sorted({str(spec.dtype) for spec in header.values()}))
+    line = f"{len(header)} tensors, {sum(spec.size for spec in header.values()):,} values, {dtypes}"
+    print(f"{out}: {line if written else 'unchanged, it was made from the same files'}", flush=True)
+
+
+def to_torch(args: argparse.Namespace) -> None:
+    """One model, or every model in a folder."""
+    check_output(args)
+    if args.source.is_dir() and not (args.source / RECORD).is_file():
+        sources = sorted(path.parent for path in args.source.glob(f"*/{RECORD}") if path.parent.name[0] != ".")
+        if not sources:
+            raise UserError(f"{args.source} holds no converted weights: give the folder that to-jax wrote")
     else:
-        params = traverse_util.unflatten_dict(tensors, sep="/")
-        tensors = to_torch(table, params, tree, str(args.source))
-    write_safetensors(args.output, tensors)
-    print(f"{args.output}: {len(tensors)} tensors, {sum(x.size for x in tensors.values()):,} values")
+        sources = [args.source]
+    if len(sources) > 1 and (args.model or args.set or args.base):
+        raise UserError(f"--model, --set and --base are for one model: give one of {', '.join(map(str, sources))}")
+    planned = [
+        jobs.plan_to_torch(source, args.model, args.set, args.naming, args.dtype, args.base) for source in sources
+    ]
+    outs = [output(args, f"{job.model.name}.safetensors") for job in planned]
+    if len(outs) > 1 and len(set(outs)) < len(outs):
+        raise UserError(f"{outs[0]} cannot hold {len(outs)} models: give a folder")
+    with claim(outs[0].parent):
+        for job, out in zip(planned, outs, strict=True):
+            for reason in job.left_out:
+                print(f"{job.model.name}: not written, as the model does not hold it: {reason} (--base FILE copies it)")
+            jobs.run_to_torch(job, out, args.overwrite)
+            print(f"{out}: {len(job.header)} tensors", flush=True)
+
+
+def check_output(args: argparse.Namespace) -> None:
+    """Raises UserError unless one output was given that is not the input."""
+    if (args.to is None) == (args.output is None):
+        raise UserError("say where to write, once: --to OUT")
+    out = args.to or args.output
+    if args.source.resolve() == out.resolve():
+        raise UserError(f"{out}: input and output are the same; give another output")
+
+
+def output(args: argparse.Namespace, name: str) -> Path:
+    """Where one model goes: `name` in the folder that was given, or the .safetensors file that was given."""
+    out = args.to or args.output
+    return out if out.suffix == ".safetensors" else out / name
 
 
 def inspect(args: argparse.Namespace) -> None:
-    """Every key with type and shape, read from the header alone, and how much of it each model knows."""
-    from safetensors import SafetensorError, safe_open
+    """Prints what a file is."""
+    print("\n".join(describe(args.source, args.keys)))
 
-    if not args.source.is_file():
-        raise UserError(f"{args.source}: no such file; give the path of a .safetensors file")
-    try:
-        with safe_open(args.source, framework="numpy") as file:
-            keys = file.keys()
-            parts = [(key, file.get_slice(key)) for key in keys]
-            rows = [(key, part.get_dtype(), part.get_shape()) for key, part in parts]
-    except SafetensorError as error:
-        raise UserError(f"{args.source}: not a readable .safetensors file ({error}); fetch it again") from error
-    for key, dtype, shape in rows:
-        print(f"{key}  {dtype}  {shape}")
-    print(f"{len(rows)} tensors")
-    for name, model in MODELS.items():
-        table = model.table(model.cfg)
-        known = [*(rule.pattern for rule in table.rules), *(ignore.pattern for ignore in table.ignored)]
-        count = sum(any(re.fullmatch(pattern, key) for pattern in known) for key, _, _ in rows)
-        if count:
-            print(f"{count} of them are keys of {name}")
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's grammar."""
+    top = argparse.ArgumentParser(
+        prog="python -m convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = top.add_subparsers(dest="command", required=True)
+    inward = commands.add_parser("to-jax", help="PyTorch checkpoints -> JAX")
+    inward.add_argument(
+        "source", type=Path, nargs="?", metavar="FILE", help="one checkpoint, or a folder that holds one"
+    )
+    inward.add_argument("--from", dest="root", type=Path, metavar="DIR", help="folder that holds the released folders")
+    inward.add_argument("--variant", choices=("preview", "flash"), help="which transformer to take from --from")
+    inward.add_argument("--base", type=Path, metavar="FILE", help="checkpoint that fills what the transformer lacks")
+    inward.set_defaults(run=to_jax)
+    outward = commands.add_parser("to-torch", help="JAX -> PyTorch checkpoints (.safetensors)")
+    outward.add_argument("source", type=Path, metavar="CONVERTED", help="what to-jax wrote: one model, or all")
+    outward.add_argument("--naming", choices=NAMINGS, default="released", help="of the keys (default released)")
+    outward.add_argument(
+        "--base", type=Path, metavar="FILE", help="original checkpoint, to copy what the model does not hold"
+    )
+    outward.set_defaults(run=to_torch)
+    for command in (inward, outward):
+        command.add_argument("output", type=Path, nargs="?", metavar="OUT", help="the same as --to OUT")
+        command.add_argument("--to", type=Path, metavar="OUT", help="folder, or a file that ends in .safetensors")
+        command.add_argument("--model", choices=sorted(MODELS), help="default: told by the keys")
+        command.add_argument("--set", action="append", default=[], metavar="NAME=NUMBER", help="another model size")
+        command.add_argument("--dtype", choices=DTYPES, help="of what is written (default: as it is)")
+        command.add_argument("--overwrite", action="store_true", help="replace an output that exists")
+    command = commands.add_parser("inspect", help="say what a file is, and what would not fit")
+    command.add_argument("source", type=Path, metavar="FILE")
+    command.add_argument("--keys", action="store_true", help="list every tensor")
+    command.set_defaults(run=inspect)
+    return top
 
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, text in (("to-jax", "PyTorch checkpoint -> JAX"), ("to-torch", "JAX -> PyTorch checkpoint")):
-        command = commands.add_parser(name, help=text)
-        command.add_argument("--model", choices=sorted(MODELS), required=True)
-        command.add_argument("--set", action="append", default=[], metavar="NAME=NUMBER", help="another model size")
-        command.add_argument("source", type=Path)
-        command.add_argument("output", type=Path)
-        command.set_defaults(run=convert)
-    command = commands.add_parser("inspect", help="list the tensors of a file")
-    command.add_argument("source", type=Path)
-    command.set_defaults(run=inspect)
-    args = parser.parse_args(argv)
+    args = parser().parse_args(argv)
     try:
         args.run(args)
     except UserError as error:
@@ -120,4 +180,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    jax.config.update("jax_platforms", "cpu")  # shapes and files only: leave accelerators to whoever computes
     sys.exit(main())

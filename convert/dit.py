@@ -1,12 +1,10 @@
 """Table of the diffusion transformer: released checkpoint keys <-> `emv3_jax.models.dit.DiT`."""
 
 import jax
-import jax.numpy as jnp
 
 from convert.engine import Rule, Table, conv_rules, linear_rules, norm_rules
 from emv3_jax.config import DiTConfig
-from emv3_jax.models.audio_tokens import audio_encoder
-from emv3_jax.models.dit import Conditions, DiT
+from emv3_jax.models.dit import DiT, zero_inputs
 
 BLOCK = r"blocks\.(?P<layer>\d+)"
 
@@ -74,18 +72,4 @@ def table(cfg: DiTConfig) -> Table:
 def target_tree(cfg: DiTConfig) -> dict:
     """Shapes of the model's parameters, without computing any."""
 
-    audio_len = 2 if cfg.audio_windows is None else 1
-
-    def init(key: jax.Array) -> dict:
-        x = jnp.zeros((1, 1, *cfg.patch[1:], cfg.latent_channels))
-        cond = Conditions(
-            given=jnp.zeros((*x.shape[:-1], cfg.mask_channels + cfg.latent_channels)),
-            text=jnp.zeros((1, cfg.text_len, cfg.text_width)),
-            image=jnp.zeros((1, cfg.image_tokens, cfg.image_width)),
-            audio=jnp.zeros((1, *audio_encoder(cfg, parent=None).audio_shape(audio_len))),
-            face_mask=jnp.zeros((1, 1)),
-            audio_scale=jnp.zeros(1),
-        )
-        return DiT(cfg).init(key, x, jnp.zeros(1), cond)["params"]
-
-    return jax.eval_shape(init, jax.random.key(0))
+    return jax.eval_shape(lambda key: DiT(cfg).init(key, *zero_inputs(cfg)), jax.random.key(0))["params"]

@@ -1,314 +1,369 @@
-"""Strict checkpoint conversion: one table of rules per model, run forwards and backwards.
+"""Strict checkpoint conversion: one table of rules per model (`convert.rules`), run forwards and backwards.
 
-A `Table` holds `Rule(pattern, target, transform)` lines. `pattern` is a regular expression that must match a whole
-torch key; it is made of literals (`\\.` for a dot) and plain capture groups without nesting, so that it can also be
-filled in backwards. `target` is the path in the Flax tree; `{1}`, `{2}`, ... or `{name}` stand for the pattern's
-groups. A group called `layer` is not in the target: it is the index on axis 0 of a stacked (scanned) parameter.
-
-    Rule(r"blocks\\.(?P<layer>\\d+)\\.ffn\\.0\\.weight", "blocks/ffn/up/kernel", "linear")
-    Rule(r"(encoder|decoder)\\.head\\.0\\.gamma", "{1}/head/norm/scale", "vector3")
-
-Every disagreement between file, table and tree is collected and raised once, as a `ConversionError`.
+A plan is made from shapes alone (`plan_to_jax`, `plan_to_torch`): every disagreement between file, table and tree is
+collected and raised once, as a `ConversionError`, before a tensor is read. The parameters of a plan are then produced
+one at a time, stacked ones layer by layer.
 """
 
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from convert.rules import (
+    TRANSFORMS,
+    CompiledRule,
+    Ignore,
+    Rule,
+    Table,
+    Transform,
+    conv_rules,
+    linear_rules,
+    norm_rules,
+)
+from convert.sources import SafetensorsFile, Spec
 from emv3_jax.errors import UserError
 
-LAYER = "layer"  # name of the group that counts layers
+__all__ = [
+    "TRANSFORMS", "Checkpoint", "ConversionError", "Ignore", "Leaf", "Plan", "Rule", "Spec", "Table", "TorchTensor",
+    "Transform", "conv_rules", "linear_rules", "norm_rules", "parameter_shapes", "plan_to_jax", "plan_to_torch",
+    "read_safetensors", "specs", "to_jax", "to_torch",
+]  # fmt: skip
 
 
 class ConversionError(UserError):
     """A checkpoint, its table and the model's tree disagree; `problems` holds one line per key."""
 
-    def __init__(self, source_name: str, problems: Iterable[str]):
+    def __init__(self, source_name: str, problems: Iterable[str], hint: str = ""):
         self.source_name = source_name
         self.problems = tuple(problems)
         count = len(self.problems)
         lines = "".join(f"\n  {line}" for line in self.problems)
+        lines += f"\n{hint}" if hint else ""
         super().__init__(f"{source_name}: {count} {'key does' if count == 1 else 'keys do'} not fit the model:{lines}")
 
 
-@dataclasses.dataclass(frozen=True)
-class Transform:
-    """How one tensor changes its layout; `inverse` undoes `forward` bit by bit."""
-
-    forward: Callable[[np.ndarray], np.ndarray]
-    inverse: Callable[[np.ndarray], np.ndarray]
-
-
-def _permute(*axes: int) -> Transform:
-    back = tuple(int(i) for i in np.argsort(axes))
-    return Transform(lambda x: x.transpose(axes), lambda x: x.transpose(back))
-
-
-def _drop(rank: int, ones: tuple[int, ...], then: Transform | None = None) -> Transform:
-    """Drops the unit axes `ones` of a tensor of `rank` axes, then permutes."""
-
-    def forward(x: np.ndarray) -> np.ndarray:
-        if x.ndim != rank:
-            raise ValueError(f"rank {x.ndim} is not {rank}")
-        x = np.squeeze(x, axis=ones)
-        return then.forward(x) if then else x
-
-    def inverse(x: np.ndarray) -> np.ndarray:
-        return np.expand_dims(then.inverse(x) if then else x, axis=ones)
-
-    return Transform(forward, inverse)
-
-
-TRANSFORMS: dict[str, Transform] = {
-    "identity": Transform(lambda x: x, lambda x: x),
-    "linear": _permute(1, 0),  # [O, I] -> [I, O]
-    "conv1d": _permute(2, 1, 0),  # OIK -> KIO
-    "conv2d": _permute(2, 3, 1, 0),  # OIHW -> HWIO
-    "conv3d": _permute(2, 3, 4, 1, 0),  # OIDHW -> DHWIO
-    "pointwise2d": _drop(4, (2, 3), _permute(1, 0)),  # [O, I, 1, 1] -> [I, O]
-    "pointwise3d": _drop(5, (2, 3, 4), _permute(1, 0)),  # [O, I, 1, 1, 1] -> [I, O]
-    "temporal": _drop(5, (3, 4), _permute(2, 1, 0)),  # [O, I, K, 1, 1] -> [K, I, O]
-    "vector2": _drop(3, (1, 2)),  # [C, 1, 1] -> [C]
-    "vector3": _drop(4, (1, 2, 3)),  # [C, 1, 1, 1] -> [C]
-    "unbatch": _drop(3, (0,)),  # [1, A, B] -> [A, B]
-}
+def specs(tensors: Mapping[str, Any]) -> dict[str, Spec]:
+    """Header of tensors that are in memory."""
+    return {key: Spec(tuple(x.shape), np.dtype(x.dtype)) for key, x in tensors.items()}
 
 
 @dataclasses.dataclass(frozen=True)
-class Rule:
-    """One line of a table: torch keys that fully match `pattern` become `target` by way of `transform`."""
+class Checkpoint:
+    """A torch checkpoint as a plan sees it: `header` says what `read(key)` would return.
 
-    pattern: str
-    target: str
-    transform: str = "identity"
-
-
-@dataclasses.dataclass(frozen=True)
-class Ignore:
-    """Torch keys that are left out on purpose, and why."""
-
-    pattern: str
-    reason: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Table:
-    """All rules of one model. A malformed rule raises ValueError when the table is built."""
+    `target_tree` is that of the checkpoint's own model, whose leaves need only a shape.
+    """
 
     name: str
-    rules: tuple[Rule, ...]
-    ignored: tuple[Ignore, ...] = ()
-
-    def __post_init__(self):
-        for rule in self.rules:
-            if rule.transform not in TRANSFORMS:
-                raise ValueError(f"table {self.name}: unknown transform {rule.transform!r}")
-            _Compiled(rule)
-        if any(not ignore.reason for ignore in self.ignored):
-            raise ValueError(f"table {self.name}: an ignored key needs a reason")
-
-
-def linear_rules(source: str, target: str, bias: bool = True) -> tuple[Rule, ...]:
-    """Rules of an `nn.Linear`: kernel, and bias unless it has none."""
-    kernel = Rule(source + r"\.weight", target + "/kernel", "linear")
-    return (kernel, Rule(source + r"\.bias", target + "/bias")) if bias else (kernel,)
-
-
-def norm_rules(source: str, target: str, bias: bool = True) -> tuple[Rule, ...]:
-    """Rules of a LayerNorm, or of an RMS norm with `bias=False`."""
-    scale = Rule(source + r"\.weight", target + "/scale")
-    return (scale, Rule(source + r"\.bias", target + "/bias")) if bias else (scale,)
-
-
-def conv_rules(source: str, target: str, transform: str) -> tuple[Rule, ...]:
-    """Rules of a convolution with bias; `transform` names the layout (conv2d, conv3d, temporal, pointwise2d, ...)."""
-    return (Rule(source + r"\.weight", target + "/kernel", transform), Rule(source + r"\.bias", target + "/bias"))
-
-
-class _Compiled:
-    """A rule made ready to run both ways."""
-
-    _GROUP = re.compile(r"\((?:\?P<(?P<name>\w+)>)?(?P<body>[^()]*)\)")
-
-    def __init__(self, rule: Rule):
-        self.rule = rule
-        self.source = re.compile(rule.pattern)
-        self.stacked = LAYER in self.source.groupindex
-        self.transform = TRANSFORMS[rule.transform]
-        groups = [(m["name"] or str(i + 1), m["body"]) for i, m in enumerate(self._GROUP.finditer(rule.pattern))]
-        self._names = [name for name, _ in groups]
-        literals = self._GROUP.sub("\0", rule.pattern).split("\0")
-        if len(groups) != self.source.groups or any(
-            re.search(r"[.\\()\[\]{}*+?|^$]", s.replace(r"\.", "")) for s in literals
-        ):
-            raise ValueError(f"pattern {rule.pattern!r} is more than literals and plain groups, so it has no inverse")
-        self._literals = [part.replace(r"\.", ".") for part in literals]
-        bodies = {name: body for name, body in groups}
-        holes = re.findall(r"{(\w+)}", rule.target)
-        numbered = {str(i + 1): name for i, name in enumerate(self._names)}
-        self._holes = [numbered.get(hole, hole) for hole in holes]
-        if sorted(self._holes) != sorted(name for name in self._names if name != LAYER):
-            raise ValueError(f"target {rule.target!r} must use every group of {rule.pattern!r} once, except {LAYER}")
-        pieces = re.split(r"{\w+}", rule.target)
-        regex = re.escape(pieces[0])
-        for hole, piece in zip(self._holes, pieces[1:], strict=True):
-            regex += f"({bodies[hole]})" + re.escape(piece)
-        self.target = re.compile(regex)
-
-    def forwards(self, key: str) -> tuple[str, int | None] | None:
-        """Torch key -> (path, layer or None), or None where the rule does not match."""
-        match = self.source.fullmatch(key)
-        if match is None:
-            return None
-        path = self.rule.target.format("", *match.groups(), **match.groupdict())
-        return path, int(match[LAYER]) if self.stacked else None
-
-    def backwards(self, path: str) -> Callable[[int | None], str] | None:
-        """Path -> function from layer (or None) to the torch key, or None where the rule does not match."""
-        match = self.target.fullmatch(path)
-        if match is None:
-            return None
-        values = dict(zip(self._holes, match.groups(), strict=True))
-
-        def key(layer: int | None) -> str:
-            filled = [str(layer) if name == LAYER else values[name] for name in self._names]
-            return self._literals[0] + "".join(v + part for v, part in zip(filled, self._literals[1:], strict=True))
-
-        return key
-
-    def source_shape(self, target_shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape that the torch tensor of one layer must have."""
-        shape = target_shape[1:] if self.stacked else target_shape
-        return self.transform.inverse(np.broadcast_to(np.float32(0), shape)).shape
+    table: Table
+    target_tree: Mapping
+    header: Mapping[str, Spec]
+    read: Callable[[str], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
     """Where one torch tensor belongs: a path of the tree, and a layer of it if the parameter is stacked."""
 
-    rule: _Compiled
+    rule: CompiledRule
     path: str
     layer: int | None
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # of the torch tensor
+
+    def of(self, block: np.ndarray) -> np.ndarray:
+        """The view of one layer's block that this tensor fills, in the parameter's layout."""
+        index, parts = self.rule.rule.part
+        width = block.shape[-1] // parts if parts > 1 else 0
+        return block[..., index * width : (index + 1) * width] if parts > 1 else block
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """One torch tensor on its way to its slot."""
+
+    checkpoint: Checkpoint
+    key: str
+    slot: Slot
+
+    def read(self) -> np.ndarray:
+        """The tensor in the parameter's layout (a view where possible)."""
+        return self.slot.rule.transform.forward(self.checkpoint.read(self.key))
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """One parameter of the model and where its values come from; nothing is read until asked for."""
+
+    path: str
+    spec: Spec
+    layers: Mapping[int | None, tuple[Piece, ...]]  # None: not stacked
+
+    @property
+    def block_shape(self) -> tuple[int, ...]:
+        """Shape of what one block fills: a layer, with its axis, or all."""
+        return self.spec.shape if None in self.layers else (1, *self.spec.shape[1:])
+
+    def blocks(self) -> Iterator[tuple[int | None, np.ndarray]]:
+        """Layer by layer: (index on axis 0, values), or once (None, values) where the parameter is not stacked."""
+        for layer, pieces in self.layers.items():
+            if len(pieces) == 1:
+                yield layer, np.asarray(pieces[0].read(), self.spec.dtype, order="C")
+                continue
+            block = np.empty(self.spec.shape if layer is None else self.spec.shape[1:], self.spec.dtype)
+            for piece in pieces:
+                piece.slot.of(block)[...] = piece.read()
+            yield layer, block
+
+    def array(self) -> np.ndarray:
+        """The whole parameter."""
+        out = np.empty(self.spec.shape, self.spec.dtype)
+        for layer, block in self.blocks():
+            out[... if layer is None else layer] = block
+        return out
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A conversion that is known to fit. `ignored`, `replaced`: keys of the checkpoints that are not used, by name."""
+
+    leaves: tuple[Leaf, ...]
+    ignored: Mapping[str, tuple[str, ...]]
+    replaced: Mapping[str, tuple[str, ...]]
+
+    def kept(self, checkpoint: Checkpoint) -> list[str]:
+        """Keys whose values come from `checkpoint`."""
+        pieces = (piece for leaf in self.leaves for layer in leaf.layers.values() for piece in layer)
+        return [piece.key for piece in pieces if piece.checkpoint is checkpoint]
+
+
+def plan_to_jax(
+    checkpoints: Sequence[Checkpoint], target_tree: Mapping | None = None, dtype: np.dtype | None = None
+) -> Plan:
+    """Finds the torch tensors of every parameter, from headers alone.
+
+    Args:
+      checkpoints: laid over one another, the topmost first. A layer of a parameter comes whole from the first that has
+        any of it. All but the first may lack what those above them have.
+      target_tree: the parameters that are wanted; by default those of the first checkpoint's model.
+      dtype: of all parameters; None keeps what the checkpoints have.
+    Raises:
+      ConversionError: lists every missing, unexpected, mis-shaped, mis-typed and doubled key together.
+    """
+    top = checkpoints[0]
+    flat = traverse_util.flatten_dict(top.target_tree if target_tree is None else target_tree, sep="/")
+    problems: list[str] = []
+    ignored: dict[str, tuple[str, ...]] = {}
+    replaced: dict[str, tuple[str, ...]] = {}
+    chosen: dict[str, dict[int | None, tuple[Piece, ...]]] = {path: {} for path in flat}
+    missing: dict[tuple[str, int | None], list[str]] = {}
+    for checkpoint in checkpoints:
+        found, ignored[checkpoint.name] = _match(checkpoint, problems, prefix=len(checkpoints) > 1)
+        spare: list[str] = []
+        for (path, layer), pieces in found.items():
+            present = [piece for piece in pieces if piece.key in checkpoint.header]
+            absent = [piece.key for piece in pieces if piece.key not in checkpoint.header]
+            if path not in chosen or layer in chosen[path]:
+                spare += [piece.key for piece in present]
+            elif present and not absent:
+                chosen[path][layer] = pieces
+                missing.pop((path, layer), None)
+            elif present or checkpoint is top:
+                missing[path, layer] = absent
+                if present:  # a layer is not made of two files
+                    chosen[path][layer] = ()
+        replaced[checkpoint.name] = tuple(spare)
+    problems += [f"missing: {key}" for keys in missing.values() for key in keys]
+    leaves = []
+    for path, leaf in flat.items():
+        used = [piece for layer in chosen[path].values() for piece in layer]
+        if used:
+            first = used[0].checkpoint.header[used[0].key].dtype
+            problems += _mistyped(used, first, mixed=dtype is not None)
+            spec = Spec(tuple(leaf.shape), first).cast(dtype)
+            leaves.append(Leaf(path, spec, dict(sorted(chosen[path].items(), key=lambda item: item[0] or 0))))
+    if problems:
+        raise ConversionError(" over ".join(checkpoint.name for checkpoint in checkpoints), problems)
+    return Plan(tuple(leaves), ignored, replaced)
+
+
+def _match(
+    checkpoint: Checkpoint, problems: list[str], prefix: bool
+) -> tuple[dict[tuple[str, int | None], tuple[Piece, ...]], tuple[str, ...]]:
+    """Pieces of each layer of each parameter that the checkpoint's own model has, and the keys that are ignored."""
+    own: list[str] = []
+    slots = expected_slots(
+        checkpoint.table,
+        traverse_util.flatten_dict(checkpoint.target_tree, sep="/"),
+        own,
+        "the table is incomplete",
+    )
+    ignored = _check_keys(checkpoint.table, checkpoint.header, slots, own)
+    pieces: dict[tuple[str, int | None], tuple[Piece, ...]] = {}
+    for key, slot in slots.items():
+        place = slot.path, slot.layer
+        pieces[place] = (*pieces.get(place, ()), Piece(checkpoint, key, slot))
+        if key in checkpoint.header and checkpoint.header[key].shape != slot.shape:
+            shape = list(checkpoint.header[key].shape)
+            own.append(f"mis-shaped: {key} is {shape}, the model wants {list(slot.shape)}")
+    problems += [f"{checkpoint.name}: {line}" if prefix else line for line in own]
+    return pieces, ignored
+
+
+def _mistyped(pieces: list[Piece], first: np.dtype, mixed: bool) -> Iterator[str]:
+    """Tensors that are no floating numbers, or of another type than the rest of their parameter unless `mixed`."""
+    for piece in pieces:
+        dtype = piece.checkpoint.header[piece.key].dtype
+        if not jnp.issubdtype(dtype, jnp.floating):
+            yield f"mis-typed: {piece.key} is {dtype}, the model wants floating numbers"
+        elif dtype != first and not mixed:
+            yield f"mis-typed: {piece.key} is {dtype}, other parts of {piece.slot.path} are {first} (see --dtype)"
 
 
 def expected_slots(table: Table, flat: Mapping[str, Any], problems: list[str], absent: str) -> dict[str, Slot]:
-    """Runs the table backwards over the tree: torch key -> slot."""
-    compiled = [_Compiled(rule) for rule in table.rules]
+    """Runs the table backwards over the tree: torch key -> slot. `absent` explains a path that no rule leads to."""
     slots: dict[str, Slot] = {}
     for path, leaf in flat.items():
-        found = [(rule, key) for rule in compiled if (key := rule.backwards(path)) is not None]
-        if len(found) != 1:
-            word = "no rule leads to" if not found else f"doubled: {len(found)} rules lead to"
-            problems.append(f"{word} {path} ({absent})")
+        found = [(rule, key) for rule in table.compiled if (key := rule.backwards(path)) is not None]
+        if wrong := _incomplete([rule for rule, _ in found], path):
+            problems.append(f"{wrong} ({absent})")
             continue
-        rule, key = found[0]
-        for layer in range(leaf.shape[0]) if rule.stacked else [None]:
-            try:
-                shape = rule.source_shape(tuple(leaf.shape))
-            except ValueError:
-                problems.append(f"mis-shaped: {path} {tuple(leaf.shape)} cannot come from {rule.rule.transform!r}")
-                break
-            slots[key(layer)] = Slot(rule, path, layer, shape)
+        for rule, key in found:
+            for layer in range(leaf.shape[0]) if rule.stacked else [None]:
+                try:
+                    shape = rule.source_shape(tuple(leaf.shape))
+                except ValueError:
+                    problems.append(f"mis-shaped: {path} {tuple(leaf.shape)} cannot come from {rule.rule.transform!r}")
+                    break
+                slots[key(layer)] = Slot(rule, path, layer, shape)
     return slots
 
 
-def _check_keys(table: Table, tensors: Mapping[str, Any], slots: Mapping[str, Slot], problems: list[str]) -> None:
-    """Finds keys that nobody wants, that two rules want, or that share a place."""
-    compiled = [_Compiled(rule) for rule in table.rules]
-    ignored = [re.compile(ignore.pattern) for ignore in table.ignored]
-    taken: dict[tuple[str, int | None], str] = {}
-    for key in tensors:
-        places = [place for rule in compiled if (place := rule.forwards(key)) is not None]
-        matches = len(places) + sum(pattern.fullmatch(key) is not None for pattern in ignored)
-        if matches > 1:
-            problems.append(f"doubled: {key} matches {matches} rules of the {table.name} table")
+def parameter_shapes(table: Table, header: Mapping[str, Spec]) -> dict[str, tuple[int, ...]]:
+    """Shapes that the parameters would have if the file were right: what sizes a model of this file has."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for key, spec in header.items():
+        for rule in table.compiled:
+            if (place := rule.forwards(key)) is None:
+                continue
+            path, layer = place
+            try:
+                shape = rule.transform.forward(np.broadcast_to(np.float32(0), spec.shape)).shape
+            except ValueError:
+                continue  # of another rank: it will be reported as mis-shaped
+            if rule.rule.part[1] > 1 and shape:
+                shape = (*shape[:-1], shape[-1] * rule.rule.part[1])
+            if layer is not None:
+                shape = (max(layer + 1, shapes.get(path, (0,))[0]), *shape)
+            shapes[path] = shape
+    return shapes
+
+
+def _incomplete(rules: list[CompiledRule], path: str) -> str:
+    """What is wrong with the rules that lead to one path: they must be all of its parts, once each; "" if they are."""
+    if not rules:
+        return f"no rule leads to {path}"
+    parts = sorted(rule.rule.part for rule in rules)
+    count = parts[0][1]
+    if len({rule.stacked for rule in rules}) == 1 and parts == [(i, count) for i in range(count)]:
+        return ""
+    if len(set(parts)) < len(parts):
+        return f"doubled: {len(parts)} rules lead to {path}"
+    return f"parts {', '.join(f'{i} of {n}' for i, n in parts)} lead to {path}, which is not all of it"
+
+
+def _check_keys(table: Table, keys: Iterable[str], slots: Mapping[str, Slot], problems: list[str]) -> tuple[str, ...]:
+    """Finds keys that nobody wants, that two rules want, or that share a place; returns the ignored ones."""
+    ignored: list[str] = []
+    taken: dict[tuple[str, int | None, int], str] = {}
+    for key in keys:
+        places = [(*place, rule.rule.part[0]) for rule in table.compiled if (place := rule.forwards(key)) is not None]
+        excuses = sum(re.fullmatch(ignore.pattern, key) is not None for ignore in table.ignored)
+        if len(places) + excuses > 1:
+            problems.append(f"doubled: {key} matches {len(places) + excuses} rules of the {table.name} table")
+        elif excuses:
+            ignored.append(key)
         elif places and places[0] in taken:
             problems.append(f"doubled: {key} and {taken[places[0]]} both become {places[0][0]}")
         elif places and key in slots:
             taken[places[0]] = key
-        elif not matches or places:
+        else:
             problems.append(f"unexpected: {key}")
+    return tuple(ignored)
 
 
 def to_jax(table: Table, tensors: Mapping[str, np.ndarray], target_tree: Mapping, source_name: str) -> dict:
     """Torch tensors -> nested parameter tree, bit for bit (dtypes are kept).
 
-    `tensors` may be any mapping, read one tensor at a time. `target_tree` is the model's own params tree; its leaves
-    need only a shape (`jax.eval_shape` of init). `source_name` names the file in errors.
-
-    Raises ConversionError, listing every missing, unexpected, mis-shaped and doubled key together.
+    `target_tree` is the model's own params tree; its leaves need only a shape (`jax.eval_shape` of init).
+    `source_name` names the file in errors. Raises ConversionError, see `plan_to_jax`.
     """
-    flat = traverse_util.flatten_dict(target_tree, sep="/")
+    checkpoint = Checkpoint(source_name, table, target_tree, specs(tensors), tensors.__getitem__)
+    leaves = plan_to_jax([checkpoint]).leaves
+    return traverse_util.unflatten_dict({leaf.path: leaf.array() for leaf in leaves}, sep="/")
+
+
+@dataclasses.dataclass(frozen=True)
+class TorchTensor:
+    """One torch tensor and the place in the model's parameters where its values stand."""
+
+    key: str
+    slot: Slot
+    spec: Spec
+
+    def of(self, leaf: np.ndarray) -> np.ndarray:
+        """Its values, given those of the whole parameter."""
+        block = self.slot.of(leaf if self.slot.layer is None else leaf[self.slot.layer])
+        return np.asarray(self.slot.rule.transform.inverse(block), self.spec.dtype, order="C")
+
+
+def plan_to_torch(
+    table: Table,
+    header: Mapping[str, Spec],
+    target_tree: Mapping | None = None,
+    source_name: str = "params",
+    dtype: np.dtype | None = None,
+) -> dict[str, list[TorchTensor]]:
+    """The torch tensors that every parameter becomes: path -> tensors. The exact inverse of `plan_to_jax`.
+
+    With a `target_tree`, the parameters must also be exactly those of the model. `dtype`: of all tensors; None keeps
+    what the parameters have. Raises ConversionError.
+    """
     problems: list[str] = []
-    slots = expected_slots(table, flat, problems, "the table is incomplete")
-    problems += [f"missing: {key}" for key in slots if key not in tensors]
-    _check_keys(table, tensors, slots, problems)
-    out: dict[str, np.ndarray] = {}
-    for key, slot in slots.items():
-        if key not in tensors:
-            continue
-        tensor = np.asarray(tensors[key])
-        if tensor.shape != slot.shape:
-            problems.append(f"mis-shaped: {key} is {list(tensor.shape)}, the model wants {list(slot.shape)}")
-            continue
-        tensor = slot.rule.transform.forward(tensor)
-        if slot.layer is None:
-            out[slot.path] = np.asarray(tensor, order="C")
-            continue
-        stack = out.setdefault(slot.path, np.empty(flat[slot.path].shape, tensor.dtype))
-        if stack.dtype != tensor.dtype:
-            problems.append(f"mis-typed: {key} is {tensor.dtype}, other layers are {stack.dtype}")
-        stack[slot.layer] = tensor
+    slots = expected_slots(table, header, problems, "unexpected parameter")
+    if target_tree is not None:
+        wanted = traverse_util.flatten_dict(target_tree, sep="/")
+        problems += [f"missing: {path}" for path in wanted if path not in header]
+        problems += [f"unexpected: {path}" for path in header if path not in wanted]
+        problems += [
+            f"mis-shaped: {path} is {list(header[path].shape)}, the model wants {list(leaf.shape)}"
+            for path, leaf in wanted.items()
+            if path in header and header[path].shape != tuple(leaf.shape)
+        ]
     if problems:
         raise ConversionError(source_name, problems)
-    return traverse_util.unflatten_dict(out, sep="/")
+    out: dict[str, list[TorchTensor]] = {path: [] for path in header}
+    for key, slot in slots.items():
+        out[slot.path].append(TorchTensor(key, slot, Spec(slot.shape, header[slot.path].dtype).cast(dtype)))
+    return out
 
 
 def to_torch(
     table: Table, params: Mapping, target_tree: Mapping | None = None, source_name: str = "params"
 ) -> dict[str, np.ndarray]:
-    """Nested parameter tree -> torch tensors, the exact inverse of `to_jax`.
-
-    With a `target_tree`, the parameters must also be exactly those of the model. Raises ConversionError.
-    """
+    """Nested parameter tree -> torch tensors, the exact inverse of `to_jax`; see `plan_to_torch`."""
     flat = {path: np.asarray(leaf) for path, leaf in traverse_util.flatten_dict(params, sep="/").items()}
-    problems: list[str] = []
-    slots = expected_slots(table, flat, problems, "unexpected parameter")
-    if target_tree is not None:
-        wanted = traverse_util.flatten_dict(target_tree, sep="/")
-        problems += [f"missing: {path}" for path in wanted if path not in flat]
-        problems += [f"unexpected: {path}" for path in flat if path not in wanted]
-        problems += [
-            f"mis-shaped: {path} is {list(flat[path].shape)}, the model wants {list(leaf.shape)}"
-            for path, leaf in wanted.items()
-            if path in flat and flat[path].shape != tuple(leaf.shape)
-        ]
-    if problems:
-        raise ConversionError(source_name, problems)
-    return {
-        key: np.asarray(
-            slot.rule.transform.inverse(flat[slot.path] if slot.layer is None else flat[slot.path][slot.layer]),
-            order="C",
-        )
-        for key, slot in slots.items()
-    }
+    plan = plan_to_torch(table, specs(flat), target_tree, source_name)
+    return {tensor.key: tensor.of(flat[path]) for path, tensors in plan.items() for tensor in tensors}
 
 
 def read_safetensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """Reads a .safetensors file into numpy arrays; raises UserError if there is none or it is damaged."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such file; give the path of a .safetensors file")
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise UserError(f"{path}: not a readable .safetensors file ({error}); fetch or save it again") from error
+    """Reads a whole .safetensors file into memory; raises UserError if there is none or it is damaged."""
+    source = SafetensorsFile(Path(path))
+    return {key: source.read(key) for key in source.header}

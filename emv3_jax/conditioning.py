@@ -5,7 +5,7 @@ part (umT5, CLIP; pure JAX, so that training can differentiate through it). The 
 lies between the two, because training computes it beforehand and sampling computes it chunk by chunk.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -13,13 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from emv3_jax import audio_preprocessing
 from emv3_jax.config import Preset
+from emv3_jax.errors import UserError
+from emv3_jax.files import PathLike
 from emv3_jax.models import clip as clip_model
 from emv3_jax.models.clip import CLIPVision
 from emv3_jax.models.dit import Conditions
 from emv3_jax.models.log_mel import log_mel_features, normalise
 from emv3_jax.models.umt5 import UMT5Encoder
-from emv3_jax.tokenizers import WordTokenizer
+from emv3_jax.tokenizers import UMT5Tokenizer, WordTokenizer
 
 Params = Any
 
@@ -32,18 +35,62 @@ class Prepared:
     text_mask: jax.Array  # [B, text_len] 1 at words
     image: jax.Array  # [B, H, W, 3] in [-1, 1], the reference picture; zeros without one
     has_image: jax.Array  # [B] 1 where there is a picture
-    audio: jax.Array  # [B, 2F, audio_width]; zeros are silence
+    audio: jax.Array  # features as the DiT takes them (Conditions.audio); zeros are silence
     face_mask: jax.Array  # [B, (h/2)·(w/2)] in {0, 1}
 
 
-def tokenizer(preset: Preset) -> WordTokenizer:
-    """The tokenizer of a preset."""
-    return WordTokenizer(preset.vocabulary, preset.dit.text_len)
+def tokenizer(preset: Preset, folder: PathLike | None = None) -> WordTokenizer | UMT5Tokenizer:
+    """The tokenizer of a preset; `folder` holds the one of umT5, where the preset has no vocabulary of its own.
+
+    Raises:
+      UserError: no tokenizer there.
+    """
+    if preset.vocabulary:
+        return WordTokenizer(preset.vocabulary, preset.dit.text_len)
+    if folder is None:
+        raise UserError(f"the preset {preset.name} needs a tokenizer: give the folder of converted weights")
+    return UMT5Tokenizer(folder, preset.dit.text_len)
 
 
-def audio_features(wave: np.ndarray, frames: int) -> np.ndarray:
-    """wave [n] at 16 kHz, any level -> [2·frames, audio_width] (SPEC 3, Audio: zero mean, unit variance per clip)."""
+def _log_mel(preset: Preset, params: Params, wave: np.ndarray, frames: int) -> np.ndarray:
     return log_mel_features(normalise(wave), frames)
+
+
+def _wav2vec2(preset: Preset, params: Params, wave: np.ndarray, frames: int) -> np.ndarray:
+    assert preset.speech
+    return audio_preprocessing.preview_features(preset.speech, params["speech"], wave, frames)
+
+
+def _wav2vec2_windows(preset: Preset, params: Params, wave: np.ndarray, frames: int) -> np.ndarray:
+    assert preset.speech and preset.dit.audio_windows
+    neighbours = preset.dit.audio_windows.neighbours
+    return audio_preprocessing.flash_windows(preset.speech, params["speech"], wave, frames, neighbours)[0]
+
+
+# (preset, params, wave [n], frames) -> features as the DiT takes them, without a batch axis.
+AUDIO_ENCODERS: dict[str, Callable[[Preset, Params, np.ndarray, int], np.ndarray]] = {
+    "log_mel": _log_mel,
+    "wav2vec2": _wav2vec2,
+    "wav2vec2_windows": _wav2vec2_windows,
+}
+
+
+def audio_features(preset: Preset, wave: np.ndarray, frames: int, params: Params = None) -> np.ndarray:
+    """What the DiT of a preset hears of a recording (SPEC section 3, Audio).
+
+    Args:
+      wave: [n] at 16 kHz, any level.
+      frames: of the video.
+      params: holds "speech", where the preset has a speech encoder.
+    Returns:
+      demo, preview [2·frames, audio_width]; flash [frames, 5, layers, audio_width].
+    """
+    return AUDIO_ENCODERS[preset.audio](preset, params, wave, frames)
+
+
+def audio_notes(preset: Preset, wave: np.ndarray) -> list[str]:
+    """What a user should know of how a recording is heard."""
+    return audio_preprocessing.normalise_loudness(wave)[1] if preset.audio == "wav2vec2_windows" else []
 
 
 def face_tokens(box: tuple[float, float, float, float] | None, height: int, width: int) -> np.ndarray:
@@ -72,6 +119,8 @@ def prepare(
     frames: int,
     face: tuple[float, float, float, float] | None = None,
     has_image: bool = True,
+    words: WordTokenizer | UMT5Tokenizer | None = None,
+    params: Params = None,
 ) -> Prepared:
     """The arrays of one request, without a batch axis.
 
@@ -81,19 +130,22 @@ def prepare(
       picture: [H, W, 3] in [-1, 1], the reference.
       wave: [n] at 16 kHz, any level.
       frames: of the video, 4k + 1.
-      face: (y1, y2, x1, x2) in pixels, where the voice may act; None: everywhere.
+      face: (y1, y2, x1, x2) in pixels, where the voice may act; None: everywhere. The flash model takes none.
       has_image: False for text-to-video.
+      words: the tokenizer; default: the preset's own.
+      params: holds "speech", where the preset has a speech encoder.
     Raises:
       UserError: the prompt is too long.
     """
-    ids, mask = tokenizer(preset).encode([prompt])
+    ids, mask = (words or tokenizer(preset)).encode([prompt])
+    masked = preset.dit.audio_windows is None
     return Prepared(
         ids=ids[0],
         text_mask=mask[0],
         image=np.asarray(picture, np.float32),
         has_image=np.float32(has_image),
-        audio=audio_features(wave, frames),
-        face_mask=face_tokens(face, *picture.shape[:2]),
+        audio=audio_features(preset, wave, frames, params),
+        face_mask=face_tokens(face if masked else None, *picture.shape[:2]),
     )
 
 

@@ -135,17 +135,21 @@ class Wav2Vec2Config:
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """All the sizes of one pipeline, and which tokenizer and audio encoder it was trained with."""
+    """All the sizes of one pipeline, and how it was trained to read, see and hear."""
 
     name: str
     vae: VAEConfig
     dit: DiTConfig
     text: UMT5Config
     image: CLIPConfig
-    height: int  # of the pictures it was trained on
+    height: int  # of its pictures; with `keep_proportions` only their area counts
     width: int
     max_frames: int  # longest clip in one piece
-    vocabulary: tuple[str, ...]  # of the word tokenizer
+    audio: str  # key of conditioning.AUDIO_ENCODERS
+    speech: Wav2Vec2Config | None = None  # the speech encoder, where the audio encoder is one
+    vocabulary: tuple[str, ...] = ()  # of the word tokenizer; none: umT5's own tokenizer, from the weights' folder
+    keep_proportions: bool = False  # pictures keep their proportions instead of becoming height x width
+    phda: bool = False  # trained with PhDA weights (paper eq. 2)
 
 
 # The words of the puppets' grammar (puppets/prompts.py), in the order that the demo's text encoder has learnt.
@@ -167,6 +171,22 @@ DEMO = Preset(
     height=64,
     width=64,
     max_frames=125,
+    audio="log_mel",
     vocabulary=PUPPET_WORDS,
+    phda=True,
 )  # fmt: skip
-PRESETS = {preset.name: preset for preset in (DEMO,)}
+PREVIEW = Preset(
+    name="preview",
+    vae=VAEConfig(),
+    dit=DIT_PREVIEW,
+    text=UMT5Config(),
+    image=CLIPConfig(),
+    height=768,
+    width=768,
+    max_frames=113,
+    audio="wav2vec2",
+    speech=Wav2Vec2Config(),
+    keep_proportions=True,
+)
+FLASH = dataclasses.replace(PREVIEW, name="flash", dit=DIT_FLASH, audio="wav2vec2_windows")
+PRESETS = {preset.name: preset for preset in (DEMO, PREVIEW, FLASH)}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import os
 import pathlib
 from collections.abc import Callable, Iterator
@@ -10,8 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 
-from emv3_jax import checkpoint, conditioning, tasks
+from emv3_jax import checkpoint, conditioning, converted, tasks
 from emv3_jax.config import FPS, PRESETS, RATE, Preset
 from emv3_jax.diffusion import flow, guidance, solvers
 from emv3_jax.diffusion import sampler as sampling
@@ -19,10 +21,14 @@ from emv3_jax.diffusion.phda import PhDAConfig
 from emv3_jax.errors import UserError
 from emv3_jax.models import vae as vae_model
 from emv3_jax.models.clip import CLIPVision
-from emv3_jax.models.dit import Conditions, DiT
+from emv3_jax.models.dit import DiT, zero_inputs
 from emv3_jax.models.umt5 import UMT5Encoder
+from emv3_jax.models.wav2vec2 import Wav2Vec2, sample_count
 
 WEIGHTS = pathlib.Path(__file__).parent / "weights"
+TOKENIZER = "tokenizer"
+# Where converted weights of each model lie in their folder; "dit" depends on the preset.
+CONVERTED = {"dit": "dit-{}", "text": "umt5", "image": "clip", "vae": "vae", "speech": "wav2vec2"}
 OnStep = Callable[[int, int], None]
 
 
@@ -95,9 +101,23 @@ def frames_for(seconds: float, limit: int) -> int:
     return int(np.clip((whole - 1) // 4 * 4 + 1, 5, limit))
 
 
-def read_request(request: Request, preset: Preset) -> Ready:
+def fitted_size(height: int, width: int, preset: Preset) -> tuple[int, int]:
+    """Height and width of a preset's video of a height x width picture (SPEC section 3, output size).
+
+    Either the preset's own, or the picture's proportions in at most the preset's area, both sides floored to multiples
+    of 16.
+    """
+    if not preset.keep_proportions:
+        return preset.height, preset.width
+    scale = min(1.0, math.sqrt(preset.height * preset.width / (height * width)))
+    return max(16, int(height * scale) // 16 * 16), max(16, int(width * scale) // 16 * 16)
+
+
+def read_request(request: Request, preset: Preset, words: Any = None) -> Ready:
     """Reads the files of a request and fits them to a preset; needs no model.
 
+    Args:
+      words: the tokenizer; default: the preset's own.
     Raises:
       UserError: an empty prompt, too many words, or a file that cannot be used.
     """
@@ -105,11 +125,10 @@ def read_request(request: Request, preset: Preset) -> Ready:
 
     notes: list[str] = []
     if not request.prompt.strip():
-        raise UserError('the prompt is empty: say what the puppet does, e.g. "A puppet nods and smiles."')
-    tokenizer = conditioning.tokenizer(preset)
-    tokenizer.encode([request.prompt])
-    if unknown := tokenizer.unknown(request.prompt):
-        notes.append(f"the demo does not know the words {', '.join(unknown)}; it knows {', '.join(tokenizer.words)}")
+        raise UserError('the prompt is empty: say what is to be seen, e.g. "A puppet nods and smiles."')
+    words = words or conditioning.tokenizer(preset)
+    words.encode([request.prompt])
+    notes += words.notes(request.prompt)
     if isinstance(request.image, str | os.PathLike):
         image, more = media.load_image(request.image)
         notes += more
@@ -118,10 +137,13 @@ def read_request(request: Request, preset: Preset) -> Ready:
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise UserError(f"image must be a path or uint8 [H, W, 3], got {image.dtype} {image.shape}")
     box, (height, width) = request.face, image.shape[:2]
-    image, note = media.fit_image(image, preset.height, preset.width)
+    image, note = media.fit_image(image, *fitted_size(height, width, preset))
     notes += [note] if note else []
+    if box is not None and preset.dit.audio_windows is not None:
+        notes.append(f"the face box is not used: the {preset.name} model has no face mask")
+        box = None
     if box is not None:
-        box = fit_box(box, height, width, preset.height, preset.width)
+        box = fit_box(box, height, width, *image.shape[:2])
     if isinstance(request.audio, str | os.PathLike):
         wave, more = media.load_audio(request.audio, RATE, (request.frames or preset.max_frames) / FPS)
         notes += more
@@ -132,6 +154,7 @@ def read_request(request: Request, preset: Preset) -> Ready:
     frames = request.frames or frames_for(len(wave) / RATE, preset.max_frames)
     if frames % 4 != 1 or not 5 <= frames <= preset.max_frames:
         raise UserError(f"frames must be 4k + 1 between 5 and {preset.max_frames}, got {frames}")
+    notes += conditioning.audio_notes(preset, wave)
     samples = round(frames / FPS * RATE)
     if len(wave) > samples:
         notes.append(
@@ -166,14 +189,18 @@ class Pipeline:
 
     Args:
       preset: sizes.
-      params: {"dit", "text", "image", "vae"} parameter trees.
-      phda: how much text, image and audio count at a timestep.
+      params: {"dit", "text", "image", "vae"} parameter trees, and "speech" where the preset has a speech encoder.
+      phda: how much text, image and audio count at a timestep; default: the paper's phases for presets trained with
+        them, all equally for the others.
+      words: the tokenizer; default: the preset's own.
     """
 
-    def __init__(self, preset: Preset, params: Any, phda: PhDAConfig | None = None):
+    def __init__(self, preset: Preset, params: Any, phda: PhDAConfig | None = None, words: Any = None):
         self.preset, self.params = preset, params
+        self.words = words or conditioning.tokenizer(preset)
         self.vae = vae_model.WanVAE(preset.vae)
-        self._velocity = guidance.ModelVelocity(params["dit"], DiT(preset.dit), phda or PhDAConfig())
+        weights = phda or (PhDAConfig() if preset.phda else None)
+        self._velocity = guidance.ModelVelocity(params["dit"], DiT(preset.dit), weights)
 
     @functools.cached_property
     def _encode_given(self) -> Any:
@@ -220,7 +247,7 @@ class Pipeline:
         on_step: OnStep | None = None,
     ) -> jax.Array:  # fmt: skip
         """Follows the guided velocity from noise [B, T, h, w, 16] to clean latents."""
-        negative = conditioning.tokenizer(self.preset).encode([options.negative_prompt])
+        negative = self.words.encode([options.negative_prompt])
         encoders = {name: self.params[name] for name in ("text", "image")}
         chain = guidance.branches(options.text_scale, options.audio_scale)
         contexts = self._contexts(self._velocity, encoders, prepared, given, negative, chain=chain)
@@ -228,25 +255,33 @@ class Pipeline:
         grid = flow.flow_grid(options.steps, options.shift)
         return sampling.sample(velocity, solvers.euler(grid), grid, noise, on_step)
 
-    def noise(self, seed: int, frames: int) -> jax.Array:
-        """[1, T, h, w, 16] standard normal, the same for a seed on every machine."""
+    def noise(self, seed: int, frames: int, size: tuple[int, int] | None = None) -> jax.Array:
+        """Standard normal [1, T, h, w, 16], the same on every machine; size: in pixels, default the preset's."""
         vae = self.preset.vae
-        shape = (1, (frames - 1) // vae.temporal_factor + 1, self.preset.height // vae.spatial_factor,
-                 self.preset.width // vae.spatial_factor, vae.latent_channels)  # fmt: skip
+        height, width = size or (self.preset.height, self.preset.width)
+        shape = (1, (frames - 1) // vae.temporal_factor + 1, height // vae.spatial_factor,
+                 width // vae.spatial_factor, vae.latent_channels)  # fmt: skip
         return jax.random.normal(jax.random.key(seed), shape)
+
+    def prepare(self, ready: Ready) -> tuple[conditioning.Prepared, jax.Array]:
+        """The front half: a batch of one, and its mask channels and masked latents [1, T, h, w, 4 + 16]."""
+        image = ready.image.astype(np.float32) / 127.5 - 1.0
+        row = conditioning.prepare(
+            self.preset, ready.prompt, image, ready.wave, ready.frames, ready.face, words=self.words, params=self.params
+        )
+        video = np.broadcast_to(image, (1, ready.frames, *image.shape))
+        mask = tasks.pixel_mask("i2v", ready.frames, *image.shape[:2])
+        return conditioning.stack([row]), self.given_latents(video, mask[None])
 
     def stream(
         self, ready: Ready, options: SamplingOptions | None = None, on_step: OnStep | None = None
     ) -> Iterator[np.ndarray]:
         """Yields the video as it is decoded: [1 or 4, H, W, 3] uint8 at a time."""
-        options, height, width = options or SamplingOptions(), self.preset.height, self.preset.width
-        conditioning.tokenizer(self.preset).encode([options.negative_prompt])  # too long: say so before the work
-        image = ready.image.astype(np.float32) / 127.5 - 1.0
-        row = conditioning.prepare(self.preset, ready.prompt, image, ready.wave, ready.frames, ready.face)
-        prepared = conditioning.stack([row])
-        video = np.broadcast_to(image, (1, ready.frames, *image.shape))
-        given = self.given_latents(video, tasks.pixel_mask("i2v", ready.frames, height, width)[None])
-        latents = self.sample_latents(prepared, given, self.noise(ready.seed, ready.frames), options, on_step)
+        options = options or SamplingOptions()
+        self.words.encode([options.negative_prompt])  # too long: say so before the work
+        prepared, given = self.prepare(ready)
+        noise = self.noise(ready.seed, ready.frames, ready.image.shape[:2])
+        latents = self.sample_latents(prepared, given, noise, options, on_step)
         for piece in vae_model.decode_stream(self.vae, self.params["vae"], latents):
             yield np.asarray(jnp.round((piece[0] + 1.0) * 127.5), np.uint8)
 
@@ -258,47 +293,58 @@ class Pipeline:
         Raises:
           UserError: see `read_request`.
         """
-        ready = read_request(request, self.preset)
+        ready = read_request(request, self.preset, self.words)
         return Result(np.concatenate(list(self.stream(ready, options, on_step))), ready.wave, ready.notes)
 
 
 def init_params(preset: Preset, key: jax.Array) -> dict[str, Any]:
-    """Untrained {"dit", "text", "image", "vae"}; under jit it computes no more than what is used of them."""
-    dit, vae = preset.dit, preset.vae
-    h, w, frames = preset.height // vae.spatial_factor, preset.width // vae.spatial_factor, 2
-    ids = jnp.zeros((1, dit.text_len), jnp.int32)
-    size = preset.image.image_size
-    x = jnp.zeros((1, frames, h, w, dit.latent_channels))
-    cond = Conditions(
-        given=jnp.zeros((1, frames, h, w, dit.mask_channels + dit.latent_channels)),
-        text=jnp.zeros((1, dit.text_len, dit.text_width)),
-        image=jnp.zeros((1, dit.image_tokens, dit.image_width)),
-        audio=jnp.zeros((1, 10, dit.audio_width)),
-        face_mask=jnp.zeros((1, h * w // 4)),
-        audio_scale=jnp.ones((1,)),
-    )
-    keys = [jax.random.fold_in(key, i) for i in range(4)]
+    """Untrained parameters of all models; under jit it computes no more than what is used of them."""
+    ids, side = jnp.zeros((1, preset.dit.text_len), jnp.int32), preset.image.image_size
+    pixels = 2 * preset.vae.spatial_factor
+    inputs: dict[str, tuple[nn.Module, tuple]] = {
+        "text": (UMT5Encoder(preset.text), (ids, jnp.ones(ids.shape))),
+        "image": (CLIPVision(preset.image), (jnp.zeros((1, side, side, 3)),)),
+        "dit": (DiT(preset.dit), zero_inputs(preset.dit)),
+        "vae": (vae_model.WanVAE(preset.vae), (jnp.zeros((1, 5, pixels, pixels, 3)),)),
+    }
+    if preset.speech:
+        inputs["speech"] = Wav2Vec2(preset.speech), (jnp.zeros((1, sample_count(preset.speech, 1))),)
+    keys = [jax.random.fold_in(key, i) for i in range(len(inputs))]
     return {
-        "text": UMT5Encoder(preset.text).init(keys[0], ids, jnp.ones(ids.shape))["params"],
-        "image": CLIPVision(preset.image).init(keys[1], jnp.zeros((1, size, size, 3)))["params"],
-        "dit": DiT(dit).init(keys[2], x, jnp.zeros((1,)), cond)["params"],
-        "vae": vae_model.WanVAE(vae).init(keys[3], jnp.zeros((1, 5, preset.height, preset.width, 3)))["params"],
+        name: model.init(one, *some)["params"] for one, (name, (model, some)) in zip(keys, inputs.items(), strict=True)
     }
 
 
 def expected_params(preset: Preset) -> Any:
-    """Shapes of {"dit", "text", "image", "vae"} without computing anything."""
+    """Shapes of `init_params` without computing anything."""
     return jax.eval_shape(functools.partial(init_params, preset), jax.random.key(0))
 
 
 def load_pipeline(name: str = "demo", weights: str | pathlib.Path | None = None) -> Pipeline:
-    """A preset with its weights: the shipped ones, or those of a folder that `train.py` wrote.
+    """A preset with its weights.
 
+    Args:
+      name: of a preset.
+      weights: a folder that `train.py` wrote, or one that `python -m convert to-jax` wrote, with the tokenizer in it;
+        default: the shipped weights.
     Raises:
-      UserError: no such preset, or weights that do not fit it.
+      UserError: no such preset, no weights for it, or weights that do not fit it.
     """
     if name not in PRESETS:
         raise UserError(f"there is no preset {name!r}: one of {', '.join(sorted(PRESETS))}")
-    preset = PRESETS[name]
-    params = checkpoint.load_models(pathlib.Path(weights or WEIGHTS / name), expected_params(preset))
-    return Pipeline(preset, jax.tree.map(jnp.asarray, params))
+    preset, folder = PRESETS[name], pathlib.Path(weights or WEIGHTS / name)
+    if not folder.is_dir():
+        raise UserError(
+            f"no weights at {folder}: convert the released ones (python -m convert to-jax), or name a folder"
+        )
+    words = conditioning.tokenizer(preset, folder / TOKENIZER)
+    params = {role: _load_model(folder, role, name, like) for role, like in expected_params(preset).items()}
+    return Pipeline(preset, params, words=words)
+
+
+def _load_model(folder: pathlib.Path, role: str, preset: str, like: Any) -> Any:
+    """One model's parameters on the default device: a file of our own training, or else converted weights."""
+    trained = folder / f"{role}.safetensors"
+    if trained.is_file() or preset == "demo":
+        return jax.tree.map(jnp.asarray, checkpoint.load_params(trained, like))
+    return converted.load_converted(folder / CONVERTED[role].format(preset), like)

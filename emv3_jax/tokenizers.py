@@ -1,8 +1,8 @@
 """Prompts -> token ids.
 
-The demo's whole language is a short list of words.
-
-A prompt is lower-cased and cut into words; punctuation is split off and, unless the vocabulary holds it, dropped.
+The demo's whole language is a short list of words (`WordTokenizer`); umT5 reads any language in pieces of words
+(`UMT5Tokenizer`). Both give ids [B, length] and a mask, end every text with a mark, and refuse a text that is too long
+instead of cutting it.
 """
 
 import re
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from emv3_jax.errors import UserError
+from emv3_jax.files import PathLike
 
 PADDING, END, UNKNOWN = 0, 1, 2
 FIRST_WORD = 3
@@ -25,7 +26,8 @@ def split_words(text: str) -> list[str]:
 
 
 class WordTokenizer:
-    """Fixed vocabulary, fixed length. Ids: 0 padding, 1 end of text, 2 unknown word, then the words in the order given.
+    """Fixed vocabulary, fixed length. A text is lower-cased and cut into words; punctuation is split off and, unless
+    the vocabulary holds it, dropped. Ids: 0 padding, 1 end of text, 2 unknown word, then the words in the order given.
 
     words: distinct, lower-case, each one token of `split_words` (no spaces, no hyphens).
     length: tokens per prompt, the end mark included.
@@ -68,6 +70,12 @@ class WordTokenizer:
             mask[row, : len(tokens)] = 1.0
         return ids, mask
 
+    def notes(self, text: str) -> list[str]:
+        """What a user should know of how `text` is read."""
+        unknown = self.unknown(text)
+        known = ", ".join(self.words)
+        return [f"the demo does not know the words {', '.join(unknown)}; it knows {known}"] if unknown else []
+
     def unknown(self, text: str) -> list[str]:
         """Words of `text` that the vocabulary lacks, each once, in order of appearance."""
         return list(dict.fromkeys(token for token in self._tokens(text) if token not in self._ids))
@@ -75,6 +83,48 @@ class WordTokenizer:
     def _tokens(self, text: str) -> list[str]:
         """Words, and those punctuation marks that the vocabulary holds."""
         return [token for token in split_words(text) if token in self._ids or token[0].isalnum()]
+
+
+class UMT5Tokenizer:
+    """The SentencePiece tokenizer of umT5, from the folder `google/umt5-xxl` of the released weights (SPEC section 1).
+
+    folder: holds tokenizer.json or spiece.model, and tokenizer_config.json.
+    length: tokens per prompt, the end mark included.
+    Raises UserError where the folder holds no tokenizer.
+    """
+
+    def __init__(self, folder: PathLike, length: int):
+        from transformers import AutoTokenizer
+
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        except Exception as error:  # transformers passes on whatever its readers raise
+            reason = str(error).strip().split("\n")[0][:150]
+            raise UserError(
+                f"{folder} holds no tokenizer that can be read ({reason}): copy google/umt5-xxl of the released weights"
+            ) from error
+        self.length = length
+
+    def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Ids [B, length] int32 and mask [B, length] float32; raises UserError for a text that is too long."""
+        if isinstance(texts, str):
+            raise TypeError("texts must be a sequence of strings, not one string")
+        ids = np.full((len(texts), self.length), PADDING, np.int32)
+        mask = np.zeros((len(texts), self.length), np.float32)
+        for row, text in enumerate(texts):
+            tokens = self._tokenizer(text, add_special_tokens=True, verbose=False)["input_ids"]
+            if len(tokens) > self.length:
+                raise UserError(
+                    f"the prompt {_shorten(text)!r} has {len(tokens)} tokens and the model reads {self.length}: shorten"
+                    " it"
+                )
+            ids[row, : len(tokens)] = tokens
+            mask[row, : len(tokens)] = 1.0
+        return ids, mask
+
+    def notes(self, text: str) -> list[str]:
+        """Nothing: every text can be read."""
+        return []
 
 
 def _shorten(text: str, width: int = 60) -> str:

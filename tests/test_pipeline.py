@@ -242,14 +242,14 @@ def test_face_tokens():
 
 
 def test_audio_features_of_silence_are_the_clocks_alone():
-    silent = conditioning.audio_features(np.zeros(9 * 640, np.float32), 9)
+    silent = conditioning.audio_features(DEMO, np.zeros(9 * 640, np.float32), 9)
     assert silent.shape == (18, log_mel.WIDTH) and silent.dtype == np.float32
     assert np.ptp(silent[:, : 3 * log_mel.BANDS]) < 1e-6
     assert len({row.tobytes() for row in silent}) == 18
 
 
 def test_audio_features_do_not_depend_on_the_level():
-    features = [conditioning.audio_features(gain * WAVE[: 9 * 640], 9) for gain in (1.0, 0.05)]
+    features = [conditioning.audio_features(DEMO, gain * WAVE[: 9 * 640], 9) for gain in (1.0, 0.05)]
     np.testing.assert_allclose(*features, atol=1e-3)
     assert DEMO.dit.audio_width == log_mel.WIDTH
 

@@ -201,6 +201,23 @@ class DiT(nn.Module):
         return jnp.einsum("BTHWpqrC->BTpHqWrC", patches).reshape(x.shape)
 
 
+def zero_inputs(cfg: DiTConfig, latent_frames: int = 1) -> tuple[jax.Array, jax.Array, Conditions]:
+    """x, t and conditions of one sample of the smallest picture: what it takes to make parameters."""
+    _, height, width = cfg.patch
+    audio_len = 4 * (latent_frames - 1) + 1
+    features = audio_len if cfg.audio_windows is not None else 2 * audio_len
+    grid = (1, latent_frames, height, width)
+    cond = Conditions(
+        given=jnp.zeros((*grid, cfg.mask_channels + cfg.latent_channels)),
+        text=jnp.zeros((1, cfg.text_len, cfg.text_width)),
+        image=jnp.zeros((1, cfg.image_tokens, cfg.image_width)),
+        audio=jnp.zeros((1, *audio_encoder(cfg, parent=None).audio_shape(features))),
+        face_mask=jnp.zeros((1, 1)),
+        audio_scale=jnp.ones(1),
+    )
+    return jnp.zeros((*grid, cfg.latent_channels)), jnp.zeros(1), cond
+
+
 def _plain_norm(x: jax.Array, name: str) -> jax.Array:
     """LayerNorm without parameters, eps 1e-6."""
     return LayerNorm(epsilon=1e-6, use_scale=False, use_bias=False, name=name)(x)

@@ -1,14 +1,12 @@
 """Turns the crank: batches in, steps, log lines, checkpoints, and on from where the last run stopped."""
 
 import collections
-import contextlib
-import itertools
 import pathlib
 import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
@@ -46,10 +44,12 @@ def train(recipe: Recipe, cfg: Any, workdir: pathlib.Path) -> int:
     Args:
       recipe: what is trained.
       cfg: optimizer settings (state.make_optimizer) and steps, seed, ema_decay, log_every, eval_every,
-        checkpoint_every, minutes (stop after so long, 0: never), bad_steps (stop after so many non-finite steps).
+        checkpoint_every, minutes (stop after so long, 0: never), bad_steps (stop after so many non-finite steps); of
+        values that checks.run has nothing against.
       workdir: checkpoints, metrics.jsonl, TensorBoard events and the exported `weights/`.
     Returns:
       The signal (SIGTERM, SIGINT) that stopped the run before its time, or 0. A stopped run has saved its last step.
+      A run that was stopped before its first step leaves everything as it was.
     Raises:
       UserError: when the loss stays non-finite, or `workdir` or the checkpoints in it cannot be used.
     """
@@ -65,11 +65,14 @@ def train(recipe: Recipe, cfg: Any, workdir: pathlib.Path) -> int:
     with ocp.CheckpointManager(workdir / "checkpoints", options=options, item_handlers=handler) as checkpoints:
         state = _resume(checkpoints, state, workdir)
         step_fn = train_state.make_step(recipe.loss, optimizer, cfg.ema_decay, cfg.seed)
-        log = RunLog(workdir)
+        first = int(state.step)
+        log = RunLog(workdir, first)
         try:
             state, stopped = _crank(recipe, cfg, state, step_fn, checkpoints, log)
         finally:
             log.close()
+    if stopped and int(state.step) == first:
+        return stopped
     recipe.export(jax.device_get(state.ema), workdir / "weights")
     print(f"weights (moving average) at step {int(state.step)}: {workdir / 'weights'}", flush=True)
     return stopped
@@ -77,20 +80,20 @@ def train(recipe: Recipe, cfg: Any, workdir: pathlib.Path) -> int:
 
 def _resume(checkpoints: ocp.CheckpointManager, state: TrainState, workdir: pathlib.Path) -> TrainState:
     """The newest checkpoint that can be read, or `state` if there is none at all; damaged ones are moved aside."""
-    shapes = lambda tree: sorted(tuple(leaf.shape) for leaf in jax.tree.leaves(tree))  # noqa: E731
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
     damaged: dict[int, Exception] = {}
     for step in sorted(checkpoints.all_steps(), reverse=True):
         try:
-            fits = shapes(checkpoints.item_metadata(step)) == shapes(state)
-            restored = checkpoints.restore(step, args=ocp.args.StandardRestore(abstract)) if fits else None
+            differences = _differences(checkpoints.item_metadata(step), state)
+            restored = None if differences else checkpoints.restore(step, args=ocp.args.StandardRestore(abstract))
         except Exception as error:  # Orbax passes on whatever its readers raise
             damaged[step] = error
             continue
         if restored is None:
+            more = f"; {len(differences) - 3} more" if len(differences) > 3 else ""
             raise UserError(
-                f"the checkpoint of step {step} in {workdir} is of another model or optimizer: go on with the config"
-                " that made it, or give another --workdir"
+                f"the checkpoint of step {step} in {workdir} is of another model or optimizer"
+                f" ({'; '.join(differences[:3])}{more}): go on with the config that made it, or give another --workdir"
             )
         for bad in damaged:
             aside = workdir / f"damaged_checkpoint_{bad}"
@@ -109,57 +112,100 @@ def _resume(checkpoints: ocp.CheckpointManager, state: TrainState, workdir: path
     return state
 
 
+def _differences(saved: Any, state: Any) -> list[str]:
+    """What a checkpoint's tree of shapes has that `state` has not, and the other way round; the parameters first."""
+
+    def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+        leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+        return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}
+
+    there, here = shapes(saved), shapes(state)
+    names = sorted(there.keys() | here.keys(), key=lambda name: (not name.startswith("params/"), name))
+    what = lambda shape: "missing" if shape is None else str(shape)  # noqa: E731
+    return [
+        f"{name} is {what(there.get(name))} there and {what(here.get(name))} here"
+        for name in names
+        if there.get(name) != here.get(name)
+    ]
+
+
 def _crank(recipe, cfg, state, step_fn, checkpoints, log) -> tuple[TrainState, int]:
-    """The loop of `train`: the last state, which is always in a checkpoint, and the signal that ended it, or 0."""
+    """The loop of `train`: the last state, in a checkpoint if a step was taken, and the signal that ended it, or 0."""
     first, started = int(state.step), time.monotonic()
+    step = first  # the last one that was taken; state.step would have to be waited for
     report, watch = _Report(cfg.steps, log), _Watch(cfg.bad_steps)
-    with _signals() as received:
-        for step in itertools.count(first + 1):
-            done = step > cfg.steps or received or (cfg.minutes and time.monotonic() - started > 60 * cfg.minutes)
-            if done or (step - 1 > first and (step - 1) % cfg.checkpoint_every == 0):
+    with _Signals() as signals:
+        while True:
+            out_of_time = cfg.minutes and time.monotonic() - started > 60 * cfg.minutes
+            done = step >= cfg.steps or signals.received or out_of_time
+            if step > first and (done or step % cfg.checkpoint_every == 0):
                 watch.look()  # saving waits for the steps anyway
-                if checkpoints.latest_step() != step - 1:
-                    checkpoints.save(step - 1, args=ocp.args.StandardSave(state))
+                if checkpoints.latest_step() != step:
+                    checkpoints.save(step, args=ocp.args.StandardSave(state))
             if done:
                 break
-            state, metrics = step_fn(state, recipe.batch(step))
+            batch = signals.break_off(recipe.batch, step + 1)
+            if signals.received:
+                continue
+            state, metrics = step_fn(state, batch)
+            step += 1
             watch.add(step, metrics["finite"])
             if step % cfg.log_every == 0 or step == first + 1:
                 report.add(step, metrics)
-            if step % cfg.eval_every == 0:
-                scores, pictures = recipe.evaluate(state.ema)
+            if step % cfg.eval_every == 0 and (seen := signals.break_off(recipe.evaluate, state.ema)):
+                scores, pictures = seen
                 log.scalars(step, scores)
                 for name, picture in pictures.items():
                     log.image(step, name, picture)
                 print(f"step {step}  held-out: " + "  ".join(f"{k} {v:.4f}" for k, v in scores.items()), flush=True)
     checkpoints.wait_until_finished()
     report.flush()
-    stopped = received[0] if received and int(state.step) < cfg.steps else 0
+    stopped = signals.received[0] if signals.received and step < cfg.steps else 0
     if stopped:
         print(f"stopped by {signal.Signals(stopped).name}; the same command goes on from here", flush=True)
     return state, stopped
 
 
-@contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collects SIGTERM and Ctrl-C instead of dying of them; the second one does what it always did."""
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received  # only the main thread may say what signals do
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+class _Stopped(KeyboardInterrupt):
+    """A signal came in the middle of work that can be broken off."""
 
-    def note(number: int, frame: Any) -> None:
-        received.append(number)
-        signal.signal(number, before[signal.Signals(number)])
 
-    for name in before:
-        signal.signal(name, note)
-    try:
-        yield received
-    finally:
-        for name, handler in before.items():
-            signal.signal(name, handler)
+class _Signals:
+    """SIGTERM and Ctrl-C inside `with`: noted in `received`, to be acted upon between steps; the next one does what it
+    always did. Work under `break_off`, which may take minutes, ends at once."""
+
+    def __init__(self) -> None:
+        self.received: list[int] = []
+        self._before: dict[int, Any] = {}
+        self._may_break = False
+
+    def __enter__(self) -> "_Signals":
+        if threading.current_thread() is threading.main_thread():  # no other may say what signals do
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.received.append(number)
+        signal.signal(number, self._before[number])
+        if self._may_break:
+            self._may_break = False
+            raise _Stopped
+
+    def break_off(self, work: Callable[..., Any], *args: Any) -> Any:
+        """work(*args), which changes nothing that a run goes on from; None if a signal came before it was done."""
+        try:
+            self._may_break = True
+            try:
+                return None if self.received else work(*args)
+            finally:
+                self._may_break = False
+        except _Stopped:
+            return None
 
 
 class _Watch:

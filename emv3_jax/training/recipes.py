@@ -1,25 +1,33 @@
-"""Which recipe a config asks for."""
+"""Which recipe a config asks for, and whether it can be followed."""
 
 from typing import Any
 
 from emv3_jax.config import PRESETS
 from emv3_jax.errors import UserError
+from emv3_jax.training import checks
 from emv3_jax.training.dit_recipe import DiTRecipe
 from emv3_jax.training.vae_recipe import VAERecipe
 
 RECIPES = {"vae": VAERecipe, "dit": DiTRecipe}
+CHECKS = {"vae": checks.vae, "dit": checks.dit}  # (cfg, preset) -> what is wrong
 
 
 def build(cfg: Any) -> Any:
-    """The recipe `cfg.recipe` for the preset `cfg.preset`.
+    """The recipe `cfg.recipe` for the preset `cfg.preset`; says so where the run does not end with its stages.
 
     Raises:
-      UserError: for a recipe or preset that does not exist.
+      UserError: for a recipe or preset that does not exist; for keys that are missing or of impossible values, all of
+        them in one message, before any work.
     """
     if "recipe" not in cfg:
         raise UserError("this config has no key recipe, so it is not for training: give another, see configs/")
     if cfg.recipe not in RECIPES:
         raise UserError(f"config key recipe: {cfg.recipe!r} is none of {', '.join(sorted(RECIPES))}")
-    if cfg.preset not in PRESETS:
-        raise UserError(f"config key preset: {cfg.preset!r} is none of {', '.join(sorted(PRESETS))}")
-    return RECIPES[cfg.recipe](cfg, PRESETS[cfg.preset])
+    if cfg.get("preset") not in PRESETS:
+        raise UserError(f"config key preset: {cfg.get('preset')!r} is none of {', '.join(sorted(PRESETS))}")
+    preset = PRESETS[cfg.preset]
+    if wrong := checks.run(cfg) + CHECKS[cfg.recipe](cfg, preset):
+        raise UserError("; ".join(wrong))
+    if note := checks.note(cfg):
+        print(f"note: {note}", flush=True)
+    return RECIPES[cfg.recipe](cfg, preset)

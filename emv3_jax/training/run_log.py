@@ -6,15 +6,26 @@ import time
 
 import numpy as np
 
+from emv3_jax.files import atomic_path
+
 
 class RunLog:
-    """Writes scalars and images of a run into `workdir`: `metrics.jsonl` and TensorBoard event files."""
+    """Writes scalars and images of a run into `workdir`: `metrics.jsonl` and TensorBoard event files.
 
-    def __init__(self, workdir: pathlib.Path):
+    Args:
+      workdir: made if it is not there.
+      step: the step that the run goes on from. What an earlier run wrote of later steps is dropped, for those steps are
+        taken again: their lines are removed, and TensorBoard is told not to show their points.
+    Raises:
+      UserError: the lines cannot be written anew.
+    """
+
+    def __init__(self, workdir: pathlib.Path, step: int = 0):
         from tensorboardX import SummaryWriter
 
         workdir.mkdir(parents=True, exist_ok=True)
-        self._board = SummaryWriter(str(workdir / "tensorboard"))
+        _drop_later(workdir / "metrics.jsonl", step)
+        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
         self._lines = open(workdir / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
         self._start = time.time()
 
@@ -33,3 +44,22 @@ class RunLog:
     def close(self) -> None:
         self._board.close()
         self._lines.close()
+
+
+def _drop_later(path: pathlib.Path, step: int) -> None:
+    """Removes the lines of steps after `step`, and a line that was broken off when its run was killed."""
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    kept = [line for line in lines if _is_of(line, step)]
+    if len(kept) < len(lines):
+        with atomic_path(path) as temporary:
+            temporary.write_text("".join(kept), encoding="utf-8")
+
+
+def _is_of(line: str, step: int) -> bool:
+    """Whether a line is whole and of a step up to `step`."""
+    try:
+        return line.endswith("\n") and json.loads(line)["step"] <= step
+    except (ValueError, KeyError, TypeError):
+        return False

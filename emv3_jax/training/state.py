@@ -1,6 +1,5 @@
 """What training carries from step to step, and the one update that changes it."""
 
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -29,19 +28,30 @@ class TrainState:
 def make_schedule(cfg: Any) -> optax.Schedule:
     """Learning rate by step: each stage of cfg.learning_rates, (up to step, peak), warms up and falls as a cosine.
 
+    The last fall ends where the run does, whatever the stages say: the stage in which step cfg.steps lies, or the last
+    one, is cut or stretched to end there, and later ones are not reached. So --config.steps alone makes a run shorter
+    or longer. (A run that is resumed with more steps than before goes on higher than it stopped: its stage is longer
+    now, and it is no longer at its end. To go on with a warm-up, give learning_rates another stage.)
+
     Args:
-      cfg: learning_rates, warmup_steps (of each stage), final_lr_share (of a stage's peak, at its end).
+      cfg: steps, learning_rates, warmup_steps (of each stage), final_lr_share (of a stage's peak, at its end).
     Raises:
       UserError: a stage is no longer than the warm-up.
     """
-    starts = [0, *(until for until, _ in cfg.learning_rates)]
-    if cfg.warmup_steps < 0 or any(b - a <= cfg.warmup_steps for a, b in itertools.pairwise(starts)):
-        raise UserError(f"config key warmup_steps must be less than the steps of each stage, got {cfg.warmup_steps}")
+    starts = [0, *(until for until, _ in cfg.learning_rates[:-1])]
+    reached = [(start, peak) for start, (_, peak) in zip(starts, cfg.learning_rates, strict=True) if start < cfg.steps]
+    ends = [*(start for start, _ in reached[1:]), cfg.steps]
+    shortest = min(end - start for (start, _), end in zip(reached, ends, strict=True))
+    if not 0 <= cfg.warmup_steps < shortest:
+        raise UserError(
+            f"config key warmup_steps must be less than the steps of each stage of learning_rates, got"
+            f" {cfg.warmup_steps} where the shortest, up to the end of the run, has {shortest}"
+        )
     stages = [
-        optax.warmup_cosine_decay_schedule(0.0, peak, cfg.warmup_steps, until - start, peak * cfg.final_lr_share)
-        for start, (until, peak) in zip(starts, cfg.learning_rates, strict=False)
+        optax.warmup_cosine_decay_schedule(0.0, peak, cfg.warmup_steps, end - start, peak * cfg.final_lr_share)
+        for (start, peak), end in zip(reached, ends, strict=True)
     ]
-    return optax.join_schedules(stages, starts[1:-1])
+    return optax.join_schedules(stages, ends[:-1])
 
 
 def make_optimizer(cfg: Any) -> optax.GradientTransformation:

@@ -22,6 +22,7 @@ class VAERecipe:
 
     def __init__(self, cfg: Any, preset: Preset):
         self.cfg = cfg
+        self.frozen = frozenset(cfg.get("frozen", ()))
         self.vae = WanVAE(preset.vae)
 
     def init(self) -> Any:
@@ -36,6 +37,8 @@ class VAERecipe:
         return params
 
     def loss(self, params: Any, batch: jax.Array, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        # What is frozen needs no gradient: the compiler leaves out the way back through it.
+        params = {name: jax.lax.stop_gradient(p) if name in self.frozen else p for name, p in params.items()}
         mean, logvar = self.vae.apply({"params": params}, batch, method="encode")
         logvar = jnp.clip(logvar, -20.0, 10.0)
         latents = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
@@ -74,7 +77,13 @@ class VAERecipe:
         return mean, {"true_and_decoded": pictures.film_strip(rows)}
 
     def export(self, params: Any, folder: pathlib.Path) -> None:
-        """Weights whose latents have mean 0 and deviation 1 per channel on training clips."""
+        """Weights whose latents have mean 0 and deviation 1 per channel on training clips.
+
+        A frozen encoder's latents stay as they are, so that a DiT trained on them still fits.
+        """
+        if "encoder" in self.frozen:
+            checkpoint.save_models(folder, {"vae": params}, self.cfg.export_dtype)
+            return
         encode = jax.jit(lambda video: self.vae.apply({"params": params}, video, method="encode")[0])
         videos = (clips.make_clip("train", i, 17).render(self.cfg.picture) for i in range(64))
         latents = np.concatenate(

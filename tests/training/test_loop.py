@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import struct
 import time
 
 import jax
@@ -11,9 +12,11 @@ import ml_collections
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from tensorboardX.proto import event_pb2
 
 from emv3_jax import checkpoint
 from emv3_jax.errors import UserError
+from emv3_jax.files import atomic_path
 from emv3_jax.training import loop
 
 
@@ -99,16 +102,81 @@ def test_the_exported_weights_are_the_moving_average(whole):
     assert np.abs(state["ema"]["w"] - state["params"]["w"]).max() > 1e-3
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_stopped_run_goes_on_as_if_nothing_had_been(tmp_path, whole, capsys, number):
+@pytest.mark.parametrize(
+    ("when", "number"),
+    [("batch", signal.SIGTERM), ("batch", signal.SIGINT), ("step", signal.SIGTERM), ("evaluate", signal.SIGINT)],
+)
+def test_a_stopped_run_goes_on_as_if_nothing_had_been(tmp_path, whole, capsys, monkeypatch, when, number):
+    """A batch is broken off and taken again, a step is finished, scores are broken off."""
     before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
-    assert loop.train(Quadratic(before_batch=stop_at(7, number)), config(), tmp_path) == number
+    recipe, last = Quadratic(), {"batch": 6, "step": 7, "evaluate": 6}[when]
+    if when == "batch":
+        recipe.before_batch = stop_at(7, number)
+    elif when == "evaluate":
+        recipe.evaluate = lambda params: os.kill(os.getpid(), number) or pytest.fail("it was not broken off")
+    else:
+        make = loop.train_state.make_step
+        monkeypatch.setattr(loop.train_state, "make_step", lambda *args: stopping(make(*args), 7, number))
+    assert loop.train(recipe, config(), tmp_path) == number
+    monkeypatch.undo()
     assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == before
-    assert last_state(tmp_path)[0] == 7
-    assert f"stopped by {signal.Signals(number).name}" in capsys.readouterr().out
+    assert last_state(tmp_path)[0] == last
+    assert capsys.readouterr().out.count(f"stopped by {signal.Signals(number).name}") == 1
     assert loop.train(Quadratic(), config(), tmp_path) == 0
-    assert "resumed from step 7" in capsys.readouterr().out
+    assert f"resumed from step {last}" in capsys.readouterr().out
     assert_same_run(tmp_path, whole)
+
+
+def stopping(step_fn, at: int, number: int):
+    """A step function that sends a signal while step `at` is taken."""
+    numbers = iter(range(1, 100))
+
+    def step(state, batch):
+        if next(numbers) == at:
+            os.kill(os.getpid(), number)
+        return step_fn(state, batch)
+
+    return step
+
+
+def test_making_the_data_is_broken_off_at_once_and_what_is_whole_stays(tmp_path, whole, capsys):
+    """The first batch may have to make its data for minutes. Nothing was learnt, so nothing is saved."""
+    shards = tmp_path / "data"
+
+    def extract(step):
+        for i in range(20):
+            if not (path := shards / f"{i}.bin").exists():
+                with atomic_path(path) as temporary:
+                    temporary.write_bytes(bytes(i))
+                    if i == 3 and not interrupted:
+                        interrupted.append(time.monotonic())
+                        os.kill(os.getpid(), signal.SIGINT)
+                        time.sleep(60)
+                    temporary.write_bytes(bytes(100))
+
+    interrupted: list[float] = []
+    run = tmp_path / "run"
+    assert loop.train(Quadratic(before_batch=extract), config(), run) == signal.SIGINT
+    assert time.monotonic() - interrupted[0] < 30  # a second; a busy machine takes longer
+    assert capsys.readouterr().out == "stopped by SIGINT; the same command goes on from here\n"
+    assert sorted(path.name for path in shards.iterdir()) == ["0.bin", "1.bin", "2.bin"]
+    assert not (run / "weights").exists() and not list((run / "checkpoints").iterdir())
+    made = [(shards / f"{i}.bin").stat().st_mtime_ns for i in range(3)]
+    assert loop.train(Quadratic(before_batch=extract), config(), run) == 0
+    assert [(shards / f"{i}.bin").stat().st_mtime_ns for i in range(3)] == made
+    assert_same_run(run, whole)
+
+
+def test_the_second_signal_is_not_held_back(tmp_path):
+    def impatient(step):
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    recipe = Quadratic(before_batch=impatient)
+    recipe.export = lambda params, folder: os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        loop.train(recipe, config(), tmp_path)
+    assert last_state(tmp_path)[0] == 3
 
 
 def test_time_runs_out_again_and_again(tmp_path, whole):
@@ -132,6 +200,43 @@ def test_a_run_that_died_goes_on_from_its_newest_checkpoint(tmp_path, whole):
     assert last_state(tmp_path)[0] == 5
     loop.train(Quadratic(), config(), tmp_path)
     assert_same_run(tmp_path, whole)
+
+
+def test_steps_that_are_taken_again_are_logged_once(tmp_path, whole):
+    """Steps 6 to 9 are in the log of the run that died, with another loss; the last line was never finished."""
+
+    def die(step):
+        if step == 11:
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        loop.train(Quadratic(before_batch=die), config(log_every=1, checkpoint_every=7), tmp_path)
+    before = lines(tmp_path)
+    assert [row["step"] for row in before if "loss" in row] == list(range(1, 10))
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "seconds": 0.1, "lo')
+    loop.train(Quadratic(), config(log_every=1, checkpoint_every=7), tmp_path)
+    after = lines(tmp_path)
+    assert [row["step"] for row in after if "loss" in row] == list(range(1, 13))
+    assert [row["step"] for row in after if "distance" in row] == [6, 12]
+    assert after[:8] == before[:8]
+    distances = [[row["distance"] for row in rows if "distance" in row] for rows in (after, lines(whole))]
+    assert distances[0] == distances[1]
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["metrics.jsonl"]
+    starts = [event.step for event in events(tmp_path) if event.HasField("session_log")]
+    assert starts == [1, 8]  # TensorBoard shows no points from there on but those that follow
+
+
+def events(workdir) -> list:
+    """TensorBoard's events, file by file; each is a record of its length, a checksum, itself, a checksum."""
+    found = []
+    for path in sorted((workdir / "tensorboard").iterdir(), key=lambda path: path.stat().st_mtime_ns):
+        data, at = path.read_bytes(), 0
+        while at < len(data):
+            (length,) = struct.unpack_from("<Q", data, at)
+            found.append(event_pb2.Event.FromString(data[at + 12 : at + 12 + length]))
+            at += 16 + length
+    return found
 
 
 def test_a_finished_run_has_nothing_to_do(tmp_path, whole):
@@ -163,13 +268,13 @@ def test_single_bad_steps_are_survived(tmp_path):
 
 
 def test_a_damaged_checkpoint_is_moved_aside_and_the_one_before_is_used(tmp_path, whole, capsys):
-    loop.train(Quadratic(before_batch=stop_at(7)), config(), tmp_path)
+    loop.train(Quadratic(before_batch=stop_at(8)), config(), tmp_path)
     newest = tmp_path / "checkpoints" / "7"
     for path in newest.rglob("*"):
         if path.is_file():
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     capsys.readouterr()
-    loop.train(Quadratic(before_batch=stop_at(7)), config(), tmp_path)  # whose place the new step 7 can take
+    loop.train(Quadratic(before_batch=stop_at(8)), config(), tmp_path)  # whose place the new step 7 can take
     out = capsys.readouterr().out
     assert "checkpoint of step 7 is damaged and was moved to" in out and "resumed from step 5" in out
     assert (tmp_path / "damaged_checkpoint_7").is_dir() and last_state(tmp_path)[0] == 7
@@ -186,11 +291,29 @@ def test_only_damaged_checkpoints_are_an_error_that_names_them(tmp_path):
         loop.train(Quadratic(), config(), tmp_path)
 
 
-@pytest.mark.parametrize(("recipe", "changes"), [(Quadratic(width=4), {}), (Quadratic(), {"frozen": ("w",)})])
-def test_a_checkpoint_of_another_model_or_optimizer_is_refused(tmp_path, recipe, changes):
+class Renamed(Quadratic):
+    """Parameters of the same shape under another name."""
+
+    def init(self):
+        return {"v": super().init()["w"]}
+
+    def loss(self, params, batch, key):
+        return super().loss({"w": params["v"]}, batch, key)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes", "difference"),
+    [
+        (Quadratic(width=4), {}, "params/w is (2, 3) there and (2, 4) here; ema/w is (2, 3) there and (2, 4) here; "),
+        (Renamed(), {}, "params/v is missing there and (2, 3) here; params/w is (2, 3) there and missing here; "),
+        (Quadratic(), {"frozen": ("w",)}, "opt_state/1/0/count is () there and missing here; "),
+    ],
+)
+def test_a_checkpoint_of_another_model_or_optimizer_is_refused(tmp_path, recipe, changes, difference):
     loop.train(Quadratic(), config(steps=3), tmp_path)
-    with pytest.raises(UserError, match="checkpoint of step 3 .* is of another model or optimizer"):
+    with pytest.raises(UserError, match="checkpoint of step 3 .* is of another model or optimizer") as info:
         loop.train(recipe, config(**changes), tmp_path)
+    assert f"({difference}" in str(info.value) and " more): go on with the config that made it" in str(info.value)
     assert last_state(tmp_path)[0] == 3
 
 

@@ -11,8 +11,8 @@ from emv3_jax.errors import UserError
 from emv3_jax.training import state as train_state
 
 CFG = {
-    "learning_rates": ((20, 0.1),), "warmup_steps": 2, "final_lr_share": 0.1, "weight_decay": 0.5, "clip_norm": 1.0,
-    "beta2": 0.9,
+    "steps": 20, "learning_rates": ((20, 0.1),), "warmup_steps": 2, "final_lr_share": 0.1, "weight_decay": 0.5,
+    "clip_norm": 1.0, "beta2": 0.9,
 }  # fmt: skip
 
 
@@ -74,20 +74,34 @@ def test_a_group_that_is_named_frozen_must_exist():
         train_state.init_state(params(), optimizer)
 
 
-@pytest.mark.parametrize("warmup", [20, 100, -1])
-def test_a_warm_up_as_long_as_a_stage_is_refused(warmup):
-    with pytest.raises(UserError, match="warmup_steps must be less than the steps of each stage, got"):
-        train_state.make_optimizer(config(learning_rates=((30, 0.1), (50, 0.2)), warmup_steps=warmup))
+@pytest.mark.parametrize(("warmup", "steps"), [(20, 50), (100, 50), (-1, 50), (10, 40), (10, 7)])
+def test_a_warm_up_as_long_as_a_stage_is_refused(warmup, steps):
+    with pytest.raises(UserError, match="warmup_steps must be less than the steps of each stage .* got"):
+        train_state.make_optimizer(config(learning_rates=((30, 0.1), (50, 0.2)), warmup_steps=warmup, steps=steps))
 
 
 def test_each_stage_of_the_learning_rate_warms_up_to_its_peak_and_falls():
-    rate = train_state.make_schedule(config(learning_rates=((10, 0.1), (30, 0.5))))
+    rate = train_state.make_schedule(config(learning_rates=((10, 0.1), (30, 0.5)), steps=30))
     rates = [float(rate(step)) for step in range(40)]
     np.testing.assert_allclose([rates[0], rates[1], rates[2]], [0.0, 0.05, 0.1], rtol=1e-6)
     np.testing.assert_allclose([rates[10], rates[11], rates[12]], [0.0, 0.25, 0.5], rtol=1e-6)
     assert np.all(np.diff(rates[2:10]) < 0) and np.all(np.diff(rates[12:30]) < 0)
     np.testing.assert_allclose(rates[6], 0.1 * (0.1 + 0.9 / 2), rtol=1e-6)  # half way down
     np.testing.assert_allclose(rates[30:], 0.5 * 0.1, rtol=1e-6)  # and stays there
+
+
+@pytest.mark.parametrize("steps", [6, 10, 13, 22, 30, 100])
+def test_the_last_fall_ends_where_the_run_does(steps):
+    """Whatever step the run ends at: the stages before its last one are as they were."""
+    stages = ((10, 0.1), (30, 0.5))
+    rates = [float(train_state.make_schedule(config(learning_rates=stages, steps=steps))(i)) for i in range(steps + 5)]
+    peak, start = (0.1, 0) if steps <= 10 else (0.5, 10)
+    np.testing.assert_allclose(rates[start + 2], peak, rtol=1e-6)
+    assert all(rate > 0.1 * peak for rate in rates[start + 2 : steps])
+    np.testing.assert_allclose(rates[steps:], 0.1 * peak, rtol=1e-6)
+    if start:
+        whole = train_state.make_schedule(config(learning_rates=stages, steps=30))
+        np.testing.assert_allclose(rates[:10], [float(whole(i)) for i in range(10)], rtol=1e-6)
 
 
 def test_weights_decay_and_biases_do_not():

@@ -1,0 +1,332 @@
+"""Conversions as jobs: planned and checked from headers first, then run; what stands behind `python -m convert`."""
+
+import contextlib
+import dataclasses
+import json
+import re
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from convert import engine
+from convert.engine import Checkpoint, ConversionError, Plan, TorchTensor
+from convert.registry import MODELS, Match, Model, config_from, configured, identify, identify_one, read_config
+from convert.sources import SafetensorsFile, Source, Spec, open_source, sha256
+from convert.writers import OnBytes, SafetensorsWriter, check_space, staged, write_orbax
+from emv3_jax.converted import RECORD, Record, read_parameter, read_record, shapes
+from emv3_jax.errors import UserError
+
+METADATA = "emv3_jax"  # the record's name in the header of a .safetensors file of ours
+DTYPES = ("float32", "bfloat16")
+
+
+class ConvertedFolder(Source):
+    """Converted weights as a source: parameters by '/'-joined path."""
+
+    def __init__(self, path: Path):
+        self.path, self.files = path, (path / RECORD,)
+        self.record: Record | None = read_record(path)
+        self.header = {name: Spec(tuple(leaf.shape), np.dtype(leaf.dtype)) for name, leaf in shapes(path).items()}
+
+    def read(self, key: str) -> np.ndarray:
+        return read_parameter(self.path, key)
+
+
+class ConvertedFile(SafetensorsFile):
+    """The same in one .safetensors file; `record` is None if this program did not write it."""
+
+    def __init__(self, path: Path):
+        super().__init__(path)
+        try:
+            fields = json.loads(self.metadata[METADATA]) if METADATA in self.metadata else None
+            self.record = None if fields is None else Record(**{**fields, "sources": tuple(fields["sources"])})
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: its record is damaged ({error}); convert the weights again") from error
+
+
+def open_converted(path: Path) -> ConvertedFolder | ConvertedFile:
+    """Opens weights that `to-jax` wrote, in either form."""
+    return ConvertedFile(path) if path.suffix == ".safetensors" else ConvertedFolder(path)
+
+
+@contextlib.contextmanager
+def progress(what: str, total: int) -> Iterator[OnBytes]:
+    """A bar of bytes on a terminal; silent elsewhere."""
+    with tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=None, leave=False) as bar:
+        yield bar.update
+
+
+def groups(keys: Iterable[str]) -> str:
+    """A short account of many keys: `blocks.*.self_attn (240), head (3)`."""
+    counts = Counter(".".join("*" if part.isdigit() else part for part in key.split(".")[:-1][:3]) for key in keys)
+    return ", ".join(f"{group or '(top)'} ({count})" for group, count in counts.items())
+
+
+def best_match(header: Mapping[str, Spec], model: str, naming: str | None = None) -> Match:
+    """The naming and form of a known model that fits a file best, even if it fits badly."""
+    if found := identify(header, [model], naming):
+        return found[0]
+    family = MODELS[model].naming(naming)
+    return Match(MODELS[model], family, next(iter(family.forms)), 0.0, 0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class ToJax:
+    """One model on its way in; everything is known to fit. `checkpoints`: the topmost first."""
+
+    match: Match
+    cfg: Any
+    sources: tuple[Source, ...]
+    checkpoints: tuple[Checkpoint, ...]
+    plan: Plan
+
+    @property
+    def header(self) -> dict[str, Spec]:
+        """Shape and type of every parameter."""
+        return {leaf.path: leaf.spec for leaf in self.plan.leaves}
+
+    def notes(self) -> list[str]:
+        """What a user should know: tensors left out, what stays of the base, rounding."""
+        lines = []
+        top, *below = self.checkpoints
+        for ignore in top.table.ignored:
+            keys = [key for key in self.plan.ignored[top.name] if re.fullmatch(ignore.pattern, key)]
+            if keys:
+                lines.append(f"{len(keys)} tensors left out: {groups(keys)} ({ignore.reason})")
+        for base in below:
+            kept, replaced = self.plan.kept(base), self.plan.replaced[base.name]
+            lines.append(f"{len(kept)} tensors stay from the base {base.name}: {groups(kept) or 'none'}")
+            lines.append(f"{len(replaced)} of its tensors are replaced: {groups(replaced) or 'none'}")
+        pieces = (piece for leaf in self.plan.leaves for layer in leaf.layers.values() for piece in layer)
+        given = {piece.checkpoint.header[piece.key].dtype for piece in pieces}
+        (wanted, *others) = {leaf.spec.dtype for leaf in self.plan.leaves}
+        rounded = sorted(str(dtype) for dtype in given if jnp.promote_types(dtype, wanted) != wanted)
+        if rounded and not others:
+            lines.append(f"values are rounded from {', '.join(rounded)} to {wanted}")
+        return lines
+
+    def record(self) -> Record:
+        """The record, without the files that are not written yet. Reads every source once, for its SHA-256."""
+        files = list(dict.fromkeys(path for source in self.sources for path in source.files))
+        with progress(f"{self.match.model.name}: SHA-256", sum(path.stat().st_size for path in files)) as on_bytes:
+            sources = tuple(
+                {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256(path, on_bytes)} for path in files
+            )
+        dtypes = sorted({str(spec.dtype) for spec in self.header.values()})
+        values = sum(spec.size for spec in self.header.values())
+        config = json.loads(json.dumps(dataclasses.asdict(self.cfg)))  # tuples become lists, as when read again
+        return Record(
+            model=self.match.model.name, config=config, naming=self.match.naming.name, form=self.match.form,
+            dtype=", ".join(dtypes), sources=sources, values=values, files={},
+        )  # fmt: skip
+
+
+def plan_to_jax(
+    path: Path,
+    model: str | None = None,
+    settings: Sequence[str] = (),
+    dtype: str | None = None,
+    base: Path | None = None,
+) -> ToJax:
+    """Plans the conversion of a torch checkpoint.
+
+    Args:
+      path: a file, or a folder that holds one checkpoint.
+      model: name in the registry; None: told by the keys.
+      settings: NAME=NUMBER, for other sizes than the released ones.
+      dtype: of all parameters; None keeps the file's.
+      base: a checkpoint to take the tensors from that `path` lacks.
+    Raises:
+      UserError: a file cannot be used, or does not fit (ConversionError, which lists all that is wrong with it).
+    """
+    source = open_source(path)
+    match = best_match(source.header, model) if model else identify_one(source.header, str(path))
+    source = match.naming.prepare(source)
+    cfg = configured(match.model.cfg, settings)
+    sources, checkpoints = [source], [_checkpoint(source, match, cfg)]
+    if base is not None:
+        under = open_source(base)
+        candidates = identify(under.header, (match.model.name, *match.model.bases))
+        below = candidates[0] if candidates else match
+        under = below.naming.prepare(under)
+        sources.append(under)
+        checkpoints.append(_checkpoint(under, below, cfg))
+    try:
+        plan = engine.plan_to_jax(checkpoints, dtype=None if dtype is None else np.dtype(dtype))
+    except ConversionError as error:
+        raise ConversionError(error.source_name, error.problems, _hint(error, match, source, cfg, base)) from None
+    return ToJax(match, cfg, tuple(sources), tuple(checkpoints), plan)
+
+
+def _checkpoint(source: Source, match: Match, cfg: Any) -> Checkpoint:
+    return Checkpoint(str(source.path), match.table(cfg), match.model.tree(cfg), source.header, source.read)
+
+
+def _hint(error: ConversionError, match: Match, source: Source, cfg: Any, base: Path | None) -> str:
+    """What the user may have meant, where the disagreement looks like it."""
+    kinds = {problem.split(":")[0] for problem in error.problems}
+    if kinds == {"missing"} and base is None:
+        return "If it is a fine-tune that holds only some of the tensors, lay it over the others with --base FILE."
+    if "mis-shaped" in kinds and match.known == 1 and (sizes := differences(read_config(match, source.header), cfg)):
+        return f"The file has other sizes; if that is meant: {' '.join(f'--set {size}' for size in sizes)}"
+    return ""
+
+
+def differences(cfg: Any, other: Any, prefix: str = "") -> list[str]:
+    """NAME=VALUE of every field of `cfg` that is not as in `other`, as --set takes it."""
+    lines = []
+    for field in dataclasses.fields(cfg):
+        value, was = getattr(cfg, field.name), getattr(other, field.name)
+        if dataclasses.is_dataclass(value):
+            lines += differences(value, was, f"{field.name}.")
+        elif value != was:
+            text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            lines.append(f"{prefix}{field.name}={text}")
+    return lines
+
+
+def run_to_jax(job: ToJax, final: Path, overwrite: bool = False) -> bool:
+    """Writes converted weights: an Orbax folder, or one file where `final` ends in .safetensors.
+
+    The folder of `final` must be claimed. Returns False if `final` holds the same conversion of the same files already.
+    Raises UserError; then `final` is as it was.
+    """
+    record = job.record()
+    if final.exists() and not overwrite:
+        with contextlib.suppress(UserError):  # anything else stands there, or something incomplete
+            there = open_converted(final).record
+            if there and dataclasses.replace(there, files={}) == record:
+                return False
+        raise UserError(f"{final} exists and holds something else: give --overwrite, or another output")
+    total = sum(spec.nbytes for spec in job.header.values())
+    check_space(final.parent, total)
+    with staged(final) as partial, progress(job.match.model.name, total) as on_bytes:
+        if final.suffix == ".safetensors":
+            leaves = sorted(job.plan.leaves, key=lambda leaf: -leaf.spec.dtype.itemsize)
+            header = {leaf.path: leaf.spec for leaf in leaves}
+            metadata = {METADATA: json.dumps(dataclasses.asdict(record))}
+            with SafetensorsWriter(partial, header, metadata) as writer:
+                for leaf in leaves:
+                    for _, block in leaf.blocks():
+                        writer.write(block)
+                        on_bytes(block.nbytes)
+        else:
+            write_orbax(partial, job.plan.leaves, on_bytes)
+            files = sorted(path for path in partial.rglob("*") if path.is_file())
+            sizes = {str(path.relative_to(partial)): path.stat().st_size for path in files}
+            dataclasses.replace(record, files=sizes).write(partial)
+    return True
+
+
+@dataclasses.dataclass(frozen=True)
+class ToTorch:
+    """One model on its way out. `extra`: tensors that the model does not hold, copied from the original file."""
+
+    model: Model
+    source: Source
+    plan: Mapping[str, list[TorchTensor]]
+    original: Source | None
+    extra: tuple[str, ...]
+    left_out: tuple[str, ...]  # why the released file has more keys, where it has
+
+    @property
+    def header(self) -> dict[str, Spec]:
+        """Shape and type of every tensor, the widest types first, in the order in which they are written."""
+        specs = {tensor.key: tensor.spec for tensors in self._by_width() for tensor in tensors[1]}
+        return specs | self._extra_by_width()
+
+    def tensors(self) -> Iterator[np.ndarray]:
+        """Values in the order of the header; one parameter is in memory at a time."""
+        for path, tensors in self._by_width():
+            leaf = self.source.read(path)
+            for tensor in tensors:
+                yield tensor.of(leaf)
+        if self.original is not None:
+            yield from (self.original.read(key) for key in self._extra_by_width())
+
+    def _extra_by_width(self) -> dict[str, Spec]:
+        extra = {key: self.original.header[key] for key in self.extra} if self.original else {}
+        return dict(sorted(extra.items(), key=lambda item: -item[1].dtype.itemsize))
+
+    def _by_width(self) -> list[tuple[str, list[TorchTensor]]]:
+        return sorted(self.plan.items(), key=lambda item: -item[1][0].spec.dtype.itemsize)
+
+
+def plan_to_torch(
+    path: Path,
+    model: str | None = None,
+    settings: Sequence[str] = (),
+    naming: str = "released",
+    dtype: str | None = None,
+    original: Path | None = None,
+) -> ToTorch:
+    """Plans the way back to torch tensors.
+
+    Args:
+      path: weights that `to-jax` wrote.
+      model, settings: only for files without a record.
+      naming: of the torch keys.
+      dtype: of all tensors; None keeps that of the parameters.
+      original: a file of the same model and naming, for the tensors that the model here does not hold.
+    Raises:
+      UserError: see `plan_to_jax`.
+    """
+    source = open_converted(path)
+    record = source.record
+    name = record.model if record else model
+    if name is None:
+        raise UserError(f"{path} does not say which model it holds: say --model")
+    if record and model not in (None, record.model):
+        raise UserError(f"{path} holds {record.model}, not {model}")
+    if name not in MODELS:
+        raise UserError(f"{path} holds {name}, which this program does not know")
+    cfg = config_from(MODELS[name].cfg, record.config) if record else MODELS[name].cfg
+    cfg = configured(cfg, settings)
+    family = MODELS[name].naming(naming)
+    table = family.table(cfg, record.form if record and record.naming == naming else None)
+    tree = MODELS[name].tree(cfg)
+    plan = engine.plan_to_torch(table, source.header, tree, str(path), None if dtype is None else np.dtype(dtype))
+    if original is None:
+        return ToTorch(MODELS[name], source, plan, None, (), tuple(ignore.reason for ignore in table.ignored))
+    under = open_source(original)
+    checkpoint = Checkpoint(str(original), table, tree, under.header, under.read)
+    extra = tuple(key for keys in engine.plan_to_jax([checkpoint]).ignored.values() for key in keys)
+    return ToTorch(MODELS[name], source, plan, under, extra, ())
+
+
+def run_to_torch(job: ToTorch, final: Path, overwrite: bool = False) -> None:
+    """Writes a .safetensors file as PyTorch programs read it. The folder of `final` must be claimed."""
+    if final.exists() and not overwrite:
+        raise UserError(f"{final} exists: give --overwrite, or another output")
+    header = job.header
+    total = sum(spec.nbytes for spec in header.values())
+    check_space(final.parent, total)
+    with (
+        staged(final) as partial,
+        progress(job.model.name, total) as on_bytes,
+        SafetensorsWriter(partial, header, {"format": "pt"}) as writer,  # without it, transformers refuses the file
+    ):
+        for values in job.tensors():
+            writer.write(values)
+            on_bytes(values.nbytes)
+
+
+def copy_folder(source: Path, final: Path, overwrite: bool = False) -> bool:
+    """Copies a small folder whole or not at all; False if the same is there. The folder of `final` must be claimed."""
+    if final.exists() and not overwrite:
+        if _contents(source) == _contents(final):
+            return False
+        raise UserError(f"{final} exists and holds something else: give --overwrite, or another output")
+    with staged(final) as partial:
+        shutil.copytree(source, partial)
+    return True
+
+
+def _contents(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): sha256(path) for path in folder.rglob("*") if path.is_file()}

@@ -1,0 +1,159 @@
+"""Converted weights: Orbax checkpoints that `python -m convert to-jax` wrote, read straight into device shards.
+
+A folder holds the checkpoint of one model and `conversion.json`, its record: what it is, what it was made from, and the
+size of every file in it. The record is written last, so a folder without it is not complete.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import traverse_util
+
+from emv3_jax.errors import UserError
+from emv3_jax.files import PathLike, reason
+
+RECORD = "conversion.json"
+FORMAT = "emv3_jax converted weights 1"
+AGAIN = "convert the weights again"
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """What a folder of converted weights holds.
+
+    model: name in the converter's registry. config: fields of the model's config. naming, form: the torch keys of the
+    sources. dtype: of the parameters, comma-separated where there are several. sources: file, bytes and sha256 of each
+    file, the topmost first. values: number of them. files: bytes of each file of the folder, by relative path.
+    """
+
+    model: str
+    config: Mapping[str, Any]
+    naming: str
+    form: str
+    dtype: str
+    sources: tuple[Mapping[str, Any], ...]
+    values: int
+    files: Mapping[str, int]
+
+    def write(self, folder: Path) -> None:
+        """Writes `folder`/conversion.json."""
+        text = json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=1)
+        (folder / RECORD).write_text(text + "\n")
+
+
+def read_record(folder: PathLike) -> Record:
+    """The record of a folder of converted weights, after checking that all of its files are there and whole.
+
+    Raises:
+      UserError: no such folder, not converted weights, or incomplete.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"no converted weights at {folder}: convert them first, or give another path")
+    try:
+        fields = json.loads((folder / RECORD).read_text())
+        if fields.pop("format") != FORMAT:
+            raise UserError(f"{folder} was written by another version of this program; {AGAIN}")
+        record = Record(**{**fields, "sources": tuple(fields["sources"])})
+        wrong = [name for name, size in record.files.items() if _size(folder / name) != size]
+    except FileNotFoundError:
+        raise UserError(f"{folder} holds no {RECORD}, so it is not a complete set of converted weights") from None
+    except OSError as error:
+        raise UserError(f"{folder / RECORD} cannot be read: {reason(error)}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{folder / RECORD} is damaged ({error}); {AGAIN}") from error
+    if wrong:
+        raise UserError(f"{folder} is damaged: {', '.join(wrong)} missing or not of the recorded size; {AGAIN}")
+    return record
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else -1
+
+
+def shapes(folder: PathLike) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape and type of every parameter by '/'-joined path, without reading values; raises as `read_record`."""
+    read_record(folder)
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        try:
+            tree = checkpointer.metadata(Path(folder).absolute()).item_metadata.tree
+        except (ValueError, OSError, KeyError, AttributeError) as error:
+            raise _damaged(folder, error) from error
+    flat = traverse_util.flatten_dict(tree, sep="/")
+    return {path: jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype) for path, leaf in flat.items()}
+
+
+def read_parameter(folder: PathLike, path: str) -> np.ndarray:
+    """One parameter in host memory; raises UserError if it is damaged."""
+    item = traverse_util.unflatten_dict({path: np.zeros(())}, sep="/")
+    args = ocp.args.PyTreeRestore(
+        item, restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item), partial_restore=True
+    )
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        try:
+            (value,) = jax.tree.leaves(checkpointer.restore(Path(folder).absolute(), args=args))
+        except Exception as error:  # Orbax wraps TensorStore's errors in a bare Exception
+            raise _damaged(folder, error) from error
+    return np.asarray(value)
+
+
+def load_converted(folder: PathLike, like: Any, shardings: Any = None, dtype: Any = None) -> dict:
+    """Reads converted weights; every device reads only its part, and no host holds a whole copy.
+
+    Args:
+      folder: one model's folder of converted weights.
+      like: the parameter tree of the model, whose leaves need only a shape; the weights must match it exactly.
+      shardings: a tree of shardings as `like`, or one for all parameters; default: the first device.
+      dtype: of all parameters; default: as they were converted.
+    Returns:
+      Nested dict of jax.Array.
+    Raises:
+      UserError: no converted weights there, incomplete or damaged, or names or shapes differ from `like` (all
+        differences in one message).
+    """
+    wanted = {path: tuple(leaf.shape) for path, leaf in traverse_util.flatten_dict(dict(like), sep="/").items()}
+    found = shapes(folder)
+    wrong = [f"missing {path}" for path in wanted if path not in found]
+    wrong += [f"unexpected {path}" for path in found if path not in wanted]
+    wrong += [
+        f"{path} is {list(found[path].shape)}, not {list(shape)}"
+        for path, shape in wanted.items()
+        if path in found and found[path].shape != shape
+    ]
+    if wrong:
+        raise UserError(f"{folder} does not fit this model: {'; '.join(wrong)}")
+    if shardings is None:
+        shardings = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    if isinstance(shardings, jax.sharding.Sharding):
+        placed = dict.fromkeys(wanted, shardings)
+    else:
+        placed = traverse_util.flatten_dict(dict(shardings), sep="/")
+    target = {
+        path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype if dtype is None else dtype, sharding=placed[path])
+        for path, leaf in found.items()
+    }
+    with ocp.StandardCheckpointer(restore_concurrent_gb=_in_flight(found)) as checkpointer:
+        try:
+            return checkpointer.restore(Path(folder).absolute(), traverse_util.unflatten_dict(target, sep="/"))
+        except Exception as error:  # Orbax wraps TensorStore's errors in a bare Exception
+            raise _damaged(folder, error) from error
+
+
+def _in_flight(parameters: Mapping[str, jax.ShapeDtypeStruct]) -> int:
+    """GB that may be on their way to the devices at once: room for any one parameter, and at least 2."""
+    largest = max(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in parameters.values())
+    return max(2, math.ceil(largest / 1e9) + 1)
+
+
+def _damaged(folder: PathLike, error: Exception) -> UserError:
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return UserError(f"{folder} is damaged and cannot be read ({line[:200]}); {AGAIN}")

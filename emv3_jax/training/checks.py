@@ -1,0 +1,186 @@
+"""What the keys of a training config may be: looked at once, all of them, before any work.
+
+A table says of each key a test and, in words, what passes it. Recipes share RUN; each adds a table and a function for
+what a table cannot say (`vae`, `dit`).
+"""
+
+import itertools
+import math
+import numbers
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from emv3_jax.config import Preset
+from emv3_jax.errors import UserError
+from emv3_jax.pipeline import SamplingOptions
+from emv3_jax.training import state as train_state
+
+Test = tuple[Callable[[Any], bool], str]
+CROP_FRAMES = 497  # the longest 4k + 1 that fits into the sentences that crops are cut from (clips.sample_crops)
+EVAL_FRAMES = 13  # the shortest clip that every measure can be taken of
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _whole(low: int, high: int | None = None) -> Test:
+    words = f"a whole number of {low} or more" if high is None else f"a whole number from {low} to {high}"
+    return lambda value: _is_whole(value) and low <= value and (high is None or value <= high), words
+
+
+def _number(passes: Callable[[float], bool], words: str) -> Test:
+    return lambda v: isinstance(v, numbers.Real) and not isinstance(v, bool) and math.isfinite(v) and passes(v), words
+
+
+def _one_of(*names: str) -> Test:
+    return lambda value: value in names, "one of " + ", ".join(names)
+
+
+def _frames(value: Any) -> bool:
+    return _is_whole(value) and value >= 1 and value % 4 == 1
+
+
+def _pairs(value: Any) -> bool:
+    """Whether `value` is ((step, anything), ...) with rising steps."""
+    if not isinstance(value, Sequence) or not value:
+        return False
+    if not all(isinstance(pair, Sequence) and len(pair) == 2 and _is_whole(pair[0]) for pair in value):
+        return False
+    return all(a < b for a, b in itertools.pairwise([0, *(pair[0] for pair in value)]))
+
+
+NOT_NEGATIVE = _number(lambda v: v >= 0, "a number of 0 or more")
+POSITIVE = _number(lambda v: v > 0, "a number above 0")
+SHARE = _number(lambda v: 0 <= v <= 1, "a number from 0 to 1")
+DECAY = _number(lambda v: 0 <= v < 1, "a number of 0 or more and below 1")
+TEXT: Test = (lambda value: isinstance(value, str), "text")
+PATH: Test = (lambda value: isinstance(value, str) and bool(value), "a path")
+RATES: Test = (
+    lambda value: _pairs(value) and all(POSITIVE[0](peak) for _, peak in value),
+    "((up to step, peak above 0), ...) with rising steps",
+)
+
+RUN: dict[str, Test] = {
+    "seed": _whole(0, 2**32 - 1),
+    "steps": _whole(1),
+    "learning_rates": RATES,
+    "warmup_steps": _whole(0),
+    "final_lr_share": SHARE,
+    "weight_decay": NOT_NEGATIVE,
+    "clip_norm": POSITIVE,
+    "beta2": DECAY,
+    "ema_decay": DECAY,
+    "minutes": NOT_NEGATIVE,
+    "bad_steps": _whole(1),
+    "log_every": _whole(1),
+    "eval_every": _whole(1),
+    "checkpoint_every": _whole(1),
+    "init_from": TEXT,
+    "export_dtype": _one_of("float32", "float16"),
+    "eval_clips": _whole(1),
+    "motion_gain": NOT_NEGATIVE,
+}
+VAE: dict[str, Test] = {"picture": _whole(16), "l2_weight": NOT_NEGATIVE, "kl_weight": NOT_NEGATIVE}
+DIT: dict[str, Test] = {
+    "vae_weights": PATH,
+    "latents": PATH,
+    "clips": _whole(1),
+    "clip_frames": (lambda value: _frames(value) and value >= 5, "4k + 1 and at least 5"),
+    "drop_both": SHARE,
+    "drop_audio": SHARE,
+    "shift": POSITIVE,
+    "timesteps": _one_of("uniform", "logit_normal"),
+    "eval_frames": (lambda value: _frames(value) and value >= EVAL_FRAMES, f"4k + 1 and at least {EVAL_FRAMES}"),
+    "sampling": (lambda value: hasattr(value, "keys"), "a section"),
+}
+
+
+def run(cfg: Any) -> list[str]:
+    """What is wrong with the keys that every recipe has, one line each."""
+    wrong = table(cfg, RUN)
+    if not wrong:
+        try:
+            train_state.make_schedule(cfg)
+        except UserError as error:
+            wrong.append(str(error))
+    frozen = cfg.get("frozen", ())
+    if isinstance(frozen, str) or not all(isinstance(name, str) for name in frozen):
+        wrong.append(f"config key frozen must be names of parameter groups, got {frozen!r}")
+    return wrong
+
+
+def vae(cfg: Any, preset: Preset) -> list[str]:
+    """What is wrong with the keys of the VAE's recipe."""
+    if wrong := table(cfg, VAE):
+        return wrong
+    cell = preset.vae.spatial_factor
+    if cfg.picture % cell:
+        wrong.append(f"config key picture must be a multiple of {cell}, got {cfg.picture}")
+
+    def fits(kind: Sequence[int]) -> bool:
+        frames, side, _ = kind
+        return _frames(frames) and frames <= CROP_FRAMES and side % cell == 0 and side <= cfg.picture
+
+    words = f"frames of 4k + 1 up to {CROP_FRAMES}, a side that is a multiple of {cell} up to picture, crops"
+    return wrong + stages(cfg, "(frames, side of the crop, crops)", fits, words)
+
+
+def dit(cfg: Any, preset: Preset) -> list[str]:
+    """What is wrong with the keys of the DiT's recipe."""
+    if wrong := table(cfg, DIT):
+        return wrong
+    if not preset.vocabulary:
+        wrong.append(
+            f"config key preset: {preset.name} has no words for puppets, which this recipe trains on: give demo"
+        )
+    if cfg.drop_both + cfg.drop_audio > 1:
+        wrong.append(f"config keys drop_both and drop_audio exceed 1 together: {cfg.drop_both} and {cfg.drop_audio}")
+    if cfg.eval_frames > preset.max_frames:
+        wrong.append(f"config key eval_frames must be at most {preset.max_frames}, got {cfg.eval_frames}")
+    try:
+        SamplingOptions(**cfg.sampling)
+    except (UserError, TypeError) as error:
+        wrong.append(f"config key sampling: {error}")
+    words = f"frames of 4k + 1 up to clip_frames ({cfg.clip_frames}), and no more than clips ({cfg.clips}) at once"
+    fits = lambda kind: _frames(kind[0]) and kind[0] <= cfg.clip_frames and kind[1] <= cfg.clips  # noqa: E731
+    return wrong + stages(cfg, "(first frames of a clip, clips)", fits, words)
+
+
+def table(cfg: Any, tests: dict[str, Test]) -> list[str]:
+    """One line for every key of `tests` that `cfg` lacks or that fails its test."""
+    missing = [f"config key {key} is missing" for key in tests if key not in cfg]
+    failed = [key for key, (passes, _) in tests.items() if key in cfg and not passes(cfg[key])]
+    return missing + [f"config key {key} must be {tests[key][1]}, got {cfg[key]!r}" for key in failed]
+
+
+def stages(cfg: Any, kind_is: str, fits: Callable[[Sequence[int]], bool], words: str) -> list[str]:
+    """What is wrong with `cfg.stages`, ((up to step, (kind, ...)), ...).
+
+    Args:
+      kind_is: the numbers that make a kind, in words: "(frames, clips)".
+      fits: whether the numbers of a kind, all of them 1 or more, can be used.
+      words: what they have to be for that.
+    """
+    value, size = cfg.get("stages"), kind_is.count(",") + 1
+    if not _pairs(value) or not all(isinstance(kinds, Sequence) and kinds for _, kinds in value):
+        return [f"config key stages must be ((up to step, ({kind_is}, ...)), ...) with rising steps, got {value!r}"]
+
+    def bad(kind: Any) -> bool:
+        numbers_only = isinstance(kind, Sequence) and len(kind) == size and all(map(_whole(1)[0], kind))
+        return not numbers_only or not fits(kind)
+
+    wrong = dict.fromkeys(str(kind) for _, kinds in value for kind in kinds if bad(kind))
+    return [f"config key stages: a kind of batch is {kind_is}: {words}; got {' and '.join(wrong)}"] if wrong else []
+
+
+def note(cfg: Any) -> str | None:
+    """What it means that `steps` is not where `stages` ends, or None where it is."""
+    end = cfg.stages[-1][0]
+    if cfg.steps == end:
+        return None
+    stages = "what comes later in it is not reached" if cfg.steps < end else "its last part goes on"
+    return (
+        f"the run ends at step {cfg.steps} and config key stages at {end}: {stages}; the learning rate falls to its end"
+        f" at step {cfg.steps}"
+    )

@@ -1,0 +1,132 @@
+"""From files to what the preview and flash models are conditioned on: every step real, the weights random and tiny."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+import soundfile
+from conftest import TINY, random_params
+from PIL import Image
+
+from emv3_jax import conditioning, config
+from emv3_jax.errors import UserError
+from emv3_jax.pipeline import Pipeline, Request, expected_params, fitted_size, load_pipeline, read_request
+from emv3_jax.tokenizers import UMT5Tokenizer
+
+SPEECH = config.Wav2Vec2Config(
+    width=16, heads=2, layers=3, ffn=16, conv_width=8, positional_taps=4, positional_groups=2
+)  # fmt: skip
+WINDOWS = config.AudioWindowConfig(layers=3, hidden=8, tokens=5)
+PREVIEW = dataclasses.replace(
+    TINY,
+    name="preview",
+    height=48,
+    width=48,
+    dit=dataclasses.replace(TINY.dit, audio_width=16),
+    audio="wav2vec2",
+    speech=SPEECH,
+    vocabulary=(),
+    keep_proportions=True,
+    phda=False,
+)
+FLASH = dataclasses.replace(
+    PREVIEW,
+    name="flash",
+    dit=dataclasses.replace(PREVIEW.dit, audio_windows=WINDOWS),
+    audio="wav2vec2_windows",
+)
+FRAMES = 9
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tokenizer as the released folder holds it, a picture and a recording."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("request")
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), ("▁a", -1.0), ("▁woman", -2.0), ("▁talks", -2.5)]
+    raw = Tokenizer(models.Unigram(pieces, unk_id=2))
+    raw.pre_tokenizer = pre_tokenizers.Metaspace()
+    raw.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )  # fmt: skip
+    tokenizer.save_pretrained(folder / "tokenizer")
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (90, 60, 3), dtype=np.uint8)).save(folder / "portrait.png")
+    soundfile.write(folder / "speech.wav", 0.1 * rng.standard_normal(22050).astype(np.float32), 22050)
+    return folder
+
+
+def make(preset: config.Preset, folder) -> Pipeline:
+    return Pipeline(preset, random_params(expected_params(preset)), words=UMT5Tokenizer(folder / "tokenizer", 24))
+
+
+def request(folder, **changes) -> Request:
+    fields = {"image": folder / "portrait.png", "audio": folder / "speech.wav", "prompt": "a woman talks"}
+    return Request(**{**fields, "frames": FRAMES, **changes})
+
+
+@pytest.fixture(scope="module")
+def preview(folder) -> Pipeline:
+    return make(PREVIEW, folder)
+
+
+def test_pictures_keep_their_proportions_within_the_area():
+    assert fitted_size(1280, 720, config.PREVIEW) == (1024, 576)
+    assert fitted_size(500, 333, config.PREVIEW) == (496, 320)  # never enlarged
+    assert fitted_size(10000, 20, config.PREVIEW) == (10000, 16)
+    assert fitted_size(1280, 720, config.DEMO) == (64, 64)
+
+
+def test_preview_from_files_to_conditions(preview, folder):
+    ready = read_request(request(folder, face=(0, 45, 0, 60)), PREVIEW, preview.words)
+    assert ready.image.shape == (48, 32, 3)  # 90 x 60 in an area of 48 x 48: 58.8 x 39.2, floored
+    prepared, given = preview.prepare(ready)
+    assert prepared.ids[0, :5].tolist() == [3, 4, 5, 1, 0] and prepared.text_mask.sum() == 4
+    assert prepared.audio.shape == (1, 2 * FRAMES, 16)
+    np.testing.assert_array_equal(prepared.face_mask, [[1, 1, 1, 1, 0, 0]])  # upper half, ends included
+    assert given.shape == (1, 3, 6, 4, 20)
+    np.testing.assert_array_equal(given[0, :, :, :, :4].min((1, 2, 3)), [1, 0, 0])
+    cond = jax.jit(conditioning.encode, static_argnums=1)(preview.params, PREVIEW, prepared, given)
+    assert cond.text.shape == (1, 24, 64) and not np.any(cond.text[0, 4:]) and np.all(np.any(cond.text[0, :4], -1))
+    assert cond.image.shape == (1, 17, 64)
+
+
+def test_flash_hears_windows_has_no_face_mask_and_says_so(folder):
+    flash = make(FLASH, folder)
+    ready = read_request(request(folder, face=(0, 45, 0, 60)), FLASH, flash.words)
+    assert any("the face box is not used" in note for note in ready.notes)
+    prepared, given = flash.prepare(ready)
+    assert prepared.audio.shape == (1, FRAMES, 5, 3, 16)
+    np.testing.assert_array_equal(prepared.face_mask, np.ones((1, 6)))
+    x = flash.noise(0, FRAMES, ready.image.shape[:2])
+    out = flash.sample_latents(prepared, given, x, options_of_one_step())
+    assert out.shape == x.shape and np.isfinite(out).all()
+
+
+def options_of_one_step():
+    from emv3_jax.pipeline import SamplingOptions
+
+    return SamplingOptions(steps=1, text_scale=1.0, audio_scale=2.0)
+
+
+def test_flash_says_that_loudness_cannot_be_measured(folder):
+    words = UMT5Tokenizer(folder / "tokenizer", 24)
+    wave = np.zeros(FRAMES * 640, np.float32)
+    ready = read_request(request(folder, audio=wave), FLASH, words)
+    assert any("loudness" in note for note in ready.notes)
+
+
+def test_a_prompt_too_long_is_refused_not_cut(preview):
+    with pytest.raises(UserError, match="has 31 tokens and the model reads 24: shorten it"):
+        preview.words.encode([" ".join(["a woman talks"] * 10)])
+
+
+def test_no_tokenizer(tmp_path):
+    with pytest.raises(UserError, match="holds no tokenizer that can be read .*: copy google/umt5-xxl"):
+        UMT5Tokenizer(tmp_path, 24)
+    with pytest.raises(UserError, match="no weights at .*: convert the released ones"):
+        load_pipeline("preview")

@@ -1,0 +1,136 @@
+"""Configs of impossible values: each is refused in words, all that is wrong is told at once, and good ones pass."""
+
+import pathlib
+
+import ml_collections
+import pytest
+
+from emv3_jax import command_line
+from emv3_jax.config import DEMO, PREVIEW
+from emv3_jax.errors import UserError
+from emv3_jax.training import checks, recipes
+
+CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
+
+
+def config(name: str, **changes) -> ml_collections.ConfigDict:
+    return ml_collections.ConfigDict({**command_line.load_config(CONFIGS / f"demo_{name}.py").to_dict(), **changes})
+
+
+def told(name: str, cfg: ml_collections.ConfigDict) -> list[str]:
+    return checks.run(cfg) + recipes.CHECKS[name](cfg, DEMO)
+
+
+def problems(name: str, **changes) -> list[str]:
+    return told(name, config(name, **changes))
+
+
+def test_every_recipe_has_its_check():
+    assert recipes.CHECKS.keys() == recipes.RECIPES.keys()
+
+
+@pytest.mark.parametrize("name", ["vae", "dit"])
+def test_the_shipped_configs_pass(name):
+    assert problems(name) == []
+    assert problems(name, steps=101) == problems(name, steps=10**6) == []
+    assert checks.note(config(name)) is None
+
+
+BAD = {
+    "no steps": ("vae", {"steps": 0}, "steps must be a whole number of 1 or more, got 0"),
+    "negative steps": ("vae", {"steps": -5}, "steps must be a whole number of 1 or more, got -5"),
+    "steps of text": ("vae", {"steps": "many"}, "steps must be a whole number of 1 or more, got 'many'"),
+    "steps that are true": ("vae", {"steps": True}, "steps must be a whole number"),
+    "log_every 0": ("vae", {"log_every": 0}, "log_every must be a whole number of 1 or more, got 0"),
+    "eval_every 0": ("dit", {"eval_every": 0}, "eval_every must be"),
+    "checkpoint_every 0": ("dit", {"checkpoint_every": 0}, "checkpoint_every must be"),
+    "bad_steps 0": ("dit", {"bad_steps": 0}, "bad_steps must be"),
+    "eval_clips 0": ("vae", {"eval_clips": 0}, "eval_clips must be"),
+    "negative seed": ("vae", {"seed": -1}, "seed must be a whole number from 0 to 4294967295, got -1"),
+    "negative minutes": ("vae", {"minutes": -1.0}, "minutes must be a number of 0 or more, got -1.0"),
+    "endless minutes": ("vae", {"minutes": float("inf")}, "minutes must be"),
+    "average that never moves": ("vae", {"ema_decay": 1.0}, "ema_decay must be a number of 0 or more and below 1"),
+    "beta2": ("vae", {"beta2": 1.5}, "beta2 must be"),
+    "clip_norm": ("vae", {"clip_norm": 0.0}, "clip_norm must be a number above 0, got 0.0"),
+    "weight_decay": ("vae", {"weight_decay": -0.1}, "weight_decay must be"),
+    "final_lr_share": ("vae", {"final_lr_share": 2.0}, "final_lr_share must be a number from 0 to 1, got 2.0"),
+    "type of the weights": ("vae", {"export_dtype": "float8"}, "export_dtype must be one of float32, float16, got 'fl"),
+    "rates without steps": ("vae", {"learning_rates": (1e-3,)}, "learning_rates must be ((up to step, peak above 0)"),
+    "rates that fall back": ("vae", {"learning_rates": ((9, 1e-3), (5, 1e-3))}, "with rising steps, got ((9, 0.001)"),
+    "no rates": ("vae", {"learning_rates": ()}, "learning_rates must be"),
+    "rate of nothing": ("vae", {"learning_rates": ((9000, 0.0),)}, "learning_rates must be"),
+    "long warm-up": ("vae", {"warmup_steps": 2500}, "warmup_steps must be less than the steps of each stage"),
+    "run within the warm-up": ("dit", {"steps": 100}, "warmup_steps must be less than the steps of each stage"),
+    "frozen text": ("dit", {"frozen": "dit"}, "frozen must be names of parameter groups, got 'dit'"),
+    "stages of a number": ("vae", {"stages": 5}, "stages must be ((up to step, ((frames, side of the crop, crops)"),
+    "stages of numbers": ("dit", {"stages": (5,)}, "stages must be ((up to step, ((first frames of a clip, clips)"),
+    "no stages": ("dit", {"stages": ()}, "stages must be"),
+    "stage without kinds": ("dit", {"stages": ((5, ()),)}, "stages must be"),
+    "stages of the old form": ("dit", {"stages": ((2000, 61, 12),)}, "stages must be"),
+    "falling stages": ("dit", {"stages": ((9, ((5, 2),)), (9, ((5, 2),)))}, "with rising steps"),
+    "kind of one number": ("dit", {"stages": ((9, (5, 2)),)}, "(first frames of a clip, clips): frames of"),
+    "no clips in a batch": ("dit", {"stages": ((9, ((5, 0),)),)}, "got (5, 0)"),
+    "more clips than there are": ("dit", {"stages": ((9, ((5, 641),)),)}, "no more than clips (640) at once"),
+    "longer than the clips": ("dit", {"stages": ((9, ((129, 2),)),)}, "up to clip_frames (125)"),
+    "frames of no video": ("dit", {"stages": ((9, ((60, 2),)),)}, "got (60, 2)"),
+    "crop beyond the picture": ("vae", {"stages": ((9, ((1, 72, 2),)),)}, "up to picture, crops; got (1, 72, 2)"),
+    "crop of no cells": ("vae", {"stages": ((9, ((1, 30, 2),)),)}, "a side that is a multiple of 8"),
+    "crop longer than a sentence": ("vae", {"stages": ((9, ((501, 32, 2),)),)}, "4k + 1 up to 497"),
+    "picture": ("vae", {"picture": 68}, "picture must be a multiple of 8, got 68"),
+    "no clips": ("dit", {"clips": 0}, "clips must be a whole number of 1 or more, got 0"),
+    "clip_frames": ("dit", {"clip_frames": 100}, "clip_frames must be 4k + 1 and at least 5, got 100"),
+    "eval_frames": ("dit", {"eval_frames": 129}, "eval_frames must be at most 125, got 129"),
+    "all dropped and more": (
+        "dit",
+        {"drop_both": 0.7, "drop_audio": 0.7},
+        "drop_both and drop_audio exceed 1 together",
+    ),
+    "timesteps": ("dit", {"timesteps": "normal"}, "timesteps must be one of uniform, logit_normal, got 'normal'"),
+    "shift": ("dit", {"shift": 0.0}, "shift must be a number above 0"),
+    "sampling": ("dit", {"sampling": {"steps": 0}}, "config key sampling: steps must be at least 1"),
+    "sampling of the unknown": ("dit", {"sampling": {"stpes": 1}}, "config key sampling: "),
+    "no VAE": ("dit", {"vae_weights": ""}, "vae_weights must be a path, got ''"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_an_impossible_value_is_told(case):
+    name, changes, message = BAD[case]
+    found = problems(name, **changes)
+    assert len(found) == 1 and message in found[0] and found[0].startswith("config key")
+    with pytest.raises(UserError) as info:
+        recipes.build(config(name, **changes))
+    assert str(info.value) == found[0]
+
+
+@pytest.mark.parametrize("name", ["vae", "dit"])
+def test_no_key_is_overlooked(name):
+    """Every key of a config is told when it is no number, no text and no stages, and when it is not there."""
+    for key in set(config(name)) - {"recipe", "preset"}:
+        cfg = config(name, **{key: float("nan")})
+        assert any(line.startswith(f"config key {key} ") for line in told(name, cfg)), key
+        del cfg[key]
+        assert any(line.startswith(f"config key {key} ") for line in told(name, cfg)), key
+
+
+def test_everything_that_is_wrong_is_told_at_once():
+    cfg = config("dit", log_every=0, steps=0, clips=3)
+    del cfg["beta2"]
+    with pytest.raises(UserError) as info:
+        recipes.build(cfg)
+    message = str(info.value)
+    for words in ("log_every must", "steps must", "beta2 is missing", "got (61, 12) and (125, 8)"):
+        assert message.count(words) == 1, words
+
+
+def test_puppets_need_a_preset_that_has_words_for_them():
+    (problem,) = recipes.CHECKS["dit"](config("dit"), PREVIEW)
+    assert problem.startswith("config key preset: preview has no words for puppets")
+
+
+@pytest.mark.parametrize(("steps", "said"), [(4000, "not reached"), (10**5, "its last part goes on")])
+def test_a_run_that_does_not_end_with_its_stages_says_so(steps, said, capsys):
+    recipes.build(config("vae", steps=steps))
+    out = capsys.readouterr().out
+    assert out.startswith(f"note: the run ends at step {steps} and config key stages at ") and said in out
+    assert out.count("\n") == 1
