@@ -5,6 +5,7 @@ The demo's whole language is a short list of words (`WordTokenizer`); umT5 reads
 instead of cutting it.
 """
 
+import os
 import re
 from collections.abc import Sequence
 
@@ -94,6 +95,7 @@ class UMT5Tokenizer:
     """
 
     def __init__(self, folder: PathLike, length: int):
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # tokenizers do not need the torch it misses
         from transformers import AutoTokenizer
 
         try:
