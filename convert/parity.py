@@ -19,10 +19,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 
 from convert import clip, dit, golden_loops, umt5, vae, wav2vec2
-from convert.engine import Table, read_safetensors, to_jax
-from emv3_jax.checkpoint import write_safetensors
+from convert.engine import Checkpoint, Spec, Table, plan_to_jax
+from convert.sources import SafetensorsFile
+from convert.writers import SafetensorsWriter
 from emv3_jax.config import (
     DIT_FLASH,
     DIT_PREVIEW,
@@ -69,14 +71,19 @@ class Golden:
             return dict(file)
 
     def params(self, manifest: str, table: Table, target_tree: dict) -> dict:
-        """Stand-in weights of a manifest, through a real file and the real converter."""
+        """Stand-in weights of a manifest, through a real file and the real converter, one tensor at a time."""
         manifest = manifest.removeprefix("full/")
         shapes = json.loads((self.root / "manifests" / f"{manifest}.json").read_text())
         tensor_for = load_tensor_for(self.root / "weights.py")
+        header = {key: Spec(tuple(shape), np.dtype(np.float32)) for key, shape in shapes.items()}
         with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / f"{manifest}.safetensors"
-            write_safetensors(file, {key: tensor_for(key, shape, self.seed) for key, shape in shapes.items()})
-            return to_jax(table, read_safetensors(file), target_tree, file.name)
+            path = Path(folder) / f"{manifest}.safetensors"
+            with SafetensorsWriter(path, header, {}) as writer:
+                for key, shape in shapes.items():
+                    writer.write(tensor_for(key, shape, self.seed))
+            source = SafetensorsFile(path)
+            plan = plan_to_jax([Checkpoint(path.name, table, target_tree, source.header, source.read)])
+            return traverse_util.unflatten_dict({leaf.path: jnp.asarray(leaf.array()) for leaf in plan.leaves}, sep="/")
 
 
 @functools.cache
