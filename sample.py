@@ -45,10 +45,16 @@ def main(arguments: list[str]) -> int:
     if not 0 <= options.seed < 2**32:
         raise UserError(f"--seed must be between 0 and {2**32 - 1}, got {options.seed}")
     face = parse_face(options.face)
+    if options.image is not None:
+        media.check_readable(options.image, "image")
+    if options.audio is not None:
+        media.check_readable(options.audio, "recording")
+
+    # From here on JAX is imported, which takes seconds. What is still unchecked is what the files hold, the prompt and
+    # the config's values; that is done before any weights are read.
+    from emv3_jax import demo, pipeline
+
     command_line.setup_compile_cache()
-
-    from emv3_jax import demo, pipeline  # JAX starts here: bad arguments were told by now
-
     request = demo.fill(options.image, options.audio, options.prompt, face, options.seed, cfg)
     sampling = pipeline.SamplingOptions(**cfg.sampling)
     ready = pipeline.read_request(request, demo.preset(cfg))

@@ -30,7 +30,7 @@ def run_main(main: Callable[[list[str]], int | None], arguments: Sequence[str] |
     """Runs `main` on the command line's words (default: sys.argv[1:]) and returns the exit status.
 
     UserError: one line on stderr, 2. Ctrl-C: one line, 130. SIGTERM unwinds like an exception, so that files being
-    written are removed, and exits with 143.
+    written are removed: one line, 143.
     """
     if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, _terminate)
@@ -41,11 +41,18 @@ def run_main(main: Callable[[list[str]], int | None], arguments: Sequence[str] |
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 130
+        return 128 + signal.SIGINT
+    except _Terminated:
+        print("terminated", file=sys.stderr)
+        return 128 + signal.SIGTERM
+
+
+class _Terminated(SystemExit):
+    """SIGTERM came."""
 
 
 def _terminate(number: int, frame: object) -> NoReturn:
-    sys.exit(128 + number)
+    raise _Terminated(128 + number)
 
 
 class Parser(argparse.ArgumentParser):

@@ -7,7 +7,7 @@ size of every file in it. The record is written last, so a folder without it is 
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -92,18 +92,18 @@ def shapes(folder: PathLike) -> dict[str, jax.ShapeDtypeStruct]:
     return {path: jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype) for path, leaf in flat.items()}
 
 
-def read_parameter(folder: PathLike, path: str) -> np.ndarray:
-    """One parameter in host memory; raises UserError if it is damaged."""
-    item = traverse_util.unflatten_dict({path: np.zeros(())}, sep="/")
+def read_parameters(folder: PathLike, paths: Iterable[str]) -> dict[str, np.ndarray]:
+    """Some parameters in host memory, by '/'-joined path; raises UserError if they are damaged."""
+    item = traverse_util.unflatten_dict({path: np.zeros(()) for path in paths}, sep="/")
     args = ocp.args.PyTreeRestore(
         item, restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item), partial_restore=True
     )
     with ocp.PyTreeCheckpointer() as checkpointer:
         try:
-            (value,) = jax.tree.leaves(checkpointer.restore(Path(folder).absolute(), args=args))
+            values = checkpointer.restore(Path(folder).absolute(), args=args)
         except Exception as error:  # Orbax wraps TensorStore's errors in a bare Exception
             raise _damaged(folder, error) from error
-    return np.asarray(value)
+    return traverse_util.flatten_dict(values, sep="/")
 
 
 def load_converted(folder: PathLike, like: Any, shardings: Any = None, dtype: Any = None) -> dict:

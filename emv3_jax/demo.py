@@ -36,7 +36,7 @@ def portrait(index: int, size: int) -> np.ndarray:
         raise UserError(f"config key puppet must be 0 or more, got {index}")
     pose = world.pose_clip(np.zeros((1, 2)), "still", "calm", "fixed", np.zeros(0))
     video = renderer.render_clip(world.sample_identity("heldout", index), pose, size, size)
-    return np.round((np.asarray(video[0]) + 1.0) * 127.5).astype(np.uint8)
+    return media.to_uint8(video[0])
 
 
 def fill(image: str | None, audio: str | None, prompt: str | None, face: Any, seed: int, cfg: Any) -> Request:

@@ -131,7 +131,7 @@ def codecs() -> Iterator[Line]:
         yield _tried("video: H.264 and AAC in mp4", lambda: _video(path, wave[: RATE // 5], FPS, RATE))
         for kind, suffix in SOUND_FILES.items():
             sound = pathlib.Path(folder) / f"test{suffix}"
-            yield _tried(f"sound: {kind}", lambda sound=sound: _sound(sound, wave, RATE, media))
+            yield _tried(f"sound: {kind}", functools.partial(_sound, sound, wave, RATE, media))
 
 
 def _video(path: pathlib.Path, wave: np.ndarray, fps: int, rate: int) -> None:

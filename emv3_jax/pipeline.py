@@ -133,9 +133,7 @@ def read_request(request: Request, preset: Preset, words: Any = None) -> Ready:
         image, more = media.load_image(request.image)
         notes += more
     else:
-        image = np.asarray(request.image)
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise UserError(f"image must be a path or uint8 [H, W, 3], got {image.dtype} {image.shape}")
+        image = media.check_image(request.image)
     box, (height, width) = request.face, image.shape[:2]
     image, note = media.fit_image(image, *fitted_size(height, width, preset))
     notes += [note] if note else []
@@ -148,9 +146,8 @@ def read_request(request: Request, preset: Preset, words: Any = None) -> Ready:
         wave, more = media.load_audio(request.audio, RATE, (request.frames or preset.max_frames) / FPS)
         notes += more
     else:
-        wave = np.asarray(request.audio)
-        if wave.dtype.kind != "f" or wave.ndim != 1 or not wave.size or not np.isfinite(wave).all():
-            raise UserError(f"audio must be a path or finite floats [n] at 16 kHz, got {wave.dtype} {wave.shape}")
+        wave, more = media.check_wave(request.audio)
+        notes += more
     frames = request.frames or frames_for(len(wave) / RATE, preset.max_frames)
     if frames % 4 != 1 or not 5 <= frames <= preset.max_frames:
         raise UserError(f"frames must be 4k + 1 between 5 and {preset.max_frames}, got {frames}")
@@ -277,13 +274,15 @@ class Pipeline:
         self, ready: Ready, options: SamplingOptions | None = None, on_step: OnStep | None = None
     ) -> Iterator[np.ndarray]:
         """Yields the video as it is decoded: [1 or 4, H, W, 3] uint8 at a time."""
+        from emv3_jax import media
+
         options = options or SamplingOptions()
         self.words.encode([options.negative_prompt])  # too long: say so before the work
         prepared, given = self.prepare(ready)
         noise = self.noise(ready.seed, ready.frames, ready.image.shape[:2])
         latents = self.sample_latents(prepared, given, noise, options, on_step)
         for piece in vae_model.decode_stream(self.vae, self.params["vae"], latents):
-            yield np.asarray(jnp.round((piece[0] + 1.0) * 127.5), np.uint8)
+            yield media.to_uint8(np.asarray(piece[0]))
 
     def generate(
         self, request: Request, options: SamplingOptions | None = None, on_step: OnStep | None = None

@@ -169,11 +169,13 @@ def test_sigterm_unwinds_so_that_nothing_half_written_stays(tmp_path):
         "        temporary.touch(); print('ready', flush=True); time.sleep(30)\n"
         "sys.exit(command_line.run_main(main))\n"
     )
-    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "a.mp4")], stdout=subprocess.PIPE) as process:
+    command = [sys.executable, "-c", code, str(tmp_path / "a.mp4")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout.readline() == b"ready\n"
         assert len(list(tmp_path.iterdir())) == 1
         process.send_signal(signal.SIGTERM)
-        assert process.wait(10) == 128 + signal.SIGTERM
+        assert process.wait(30) == 128 + signal.SIGTERM
+        assert process.stderr.read() == b"terminated\n"
     assert list(tmp_path.iterdir()) == []
 
 

@@ -6,6 +6,7 @@ import sys
 import zlib
 
 import av
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import soundfile
@@ -15,12 +16,15 @@ from emv3_jax.errors import UserError
 from emv3_jax.media import (
     VideoWriter,
     atomic_path,
+    check_image,
+    check_wave,
     check_writable,
     contact_sheet,
     fit_image,
     load_audio,
     load_image,
     read_video,
+    to_uint8,
 )
 
 RATE = 16000
@@ -130,6 +134,23 @@ def test_gigantic_images_are_refused_from_their_header(tmp_path, side):
     says(lambda: load_image(tmp_path / "bomb.png"), "100 megapixels")
 
 
+def test_arrays_must_be_pictures_of_a_usable_size():
+    np.testing.assert_array_equal(check_image(gradient()), gradient())
+    says(lambda: check_image(np.zeros((1, 1, 3), np.uint8)), "image is 1x1: both sides must be at least 16 pixels")
+    says(lambda: check_image(np.zeros((400, 15, 3), np.uint8)), "15x400")
+    huge = np.broadcast_to(np.uint8(0), (10_100, 10_100, 3))
+    says(lambda: check_image(huge), "image is 10100x10100, over 100 megapixels")
+    for bad in (gradient() / 255.0, gradient()[..., 0], gradient()[..., :2], "RGB"):
+        says(lambda bad=bad: check_image(bad), "image must be a path or uint8 [H, W, 3]")
+
+
+def test_to_uint8_rounds_and_clips():
+    np.testing.assert_array_equal(to_uint8(np.array([-3.0, -1.0, 0.0, 0.999, 1.0, 5.0])), [0, 0, 128, 255, 255, 255])
+    everything = np.arange(256, dtype=np.uint8)
+    np.testing.assert_array_equal(to_uint8(everything.astype(np.float32) / 127.5 - 1.0), everything)
+    assert to_uint8(jnp.zeros((2, 3))).dtype == np.uint8
+
+
 def test_fit_image_keeps_proportions_and_says_what_it_cut():
     same, note = fit_image(gradient(), 40, 60)
     assert note is None and same.shape == (40, 60, 3)
@@ -200,6 +221,108 @@ def test_unusable_recordings_are_refused_in_one_line(tmp_path):
     says(lambda: load_audio(tmp_path / "slow.wav"), "100 samples a second")
     for name in ("text.wav", "noise.mp3", "noise.raw", "picture.png"):
         says(lambda name=name: load_audio(tmp_path / name), name)
+
+
+def test_arrays_are_treated_like_files():
+    wave, notes = check_wave(tone().astype(np.float64))
+    assert wave.dtype == np.float32 and notes == []
+    np.testing.assert_array_equal(wave, tone())
+    assert check_wave(np.zeros(100, np.float32))[1] == ["the sound is silent"]
+    wave, notes = check_wave(np.float64(32767) * tone())
+    np.testing.assert_allclose(wave, 2 * tone(), atol=1e-4)
+    assert notes == ["the sound exceeds full scale (peak 1.64e+04): it is scaled down"]
+    wave, _ = check_wave(np.array([1e300, -1e299]))
+    np.testing.assert_allclose(wave, [1.0, -0.1])
+    for bad in (np.zeros(0, np.float32), np.zeros((9, 2), np.float32), np.zeros(9, np.int16), np.full(9, np.inf), [1]):
+        says(lambda bad=bad: check_wave(bad), "audio must be a path or finite floats [n] at 16 kHz")
+
+
+# Recordings that end too early
+
+
+def cut_copy(path, share):
+    """The first part of a file, beside it."""
+    data = path.read_bytes()
+    target = path.with_name(f"cut_{path.name}")
+    target.write_bytes(data[: int(share * len(data))])
+    return target
+
+
+def write_with_ffmpeg(path, wave, codec, **options):
+    with av.open(str(path), "w", options=options) as container:
+        stream = container.add_stream(codec, rate=48000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(wave[None], format="fltp", layout="mono")
+        frame.sample_rate = 48000
+        size = stream.codec_context.frame_size
+        resampler = av.AudioResampler(stream.codec_context.format, "mono", 48000, frame_size=size)
+        for block in [*resampler.resample(frame), *resampler.resample(None)]:
+            container.mux(stream.encode(block))
+        container.mux(stream.encode(None))
+
+
+@pytest.fixture(scope="module")
+def recordings(tmp_path_factory):
+    """Four seconds of noise in every format."""
+    folder = tmp_path_factory.mktemp("recordings")
+    noise = (0.1 * np.random.default_rng(0).standard_normal(4 * 48000)).astype(np.float32)
+    for name in ("a.wav", "a.aiff", "a.au", "a.w64", "a.flac", "a.ogg", "a.mp3"):
+        soundfile.write(folder / name, noise, 48000)
+    soundfile.write(folder / "b.wav", noise, 48000, format="RF64")
+    soundfile.write(folder / "opus.ogg", noise, 48000, subtype="OPUS")
+    write_with_ffmpeg(folder / "a.m4a", noise, "aac", movflags="+faststart")
+    write_with_ffmpeg(folder / "a.webm", noise, "libopus")
+    return folder
+
+
+TOLD = ["a.wav", "b.wav", "a.aiff", "a.au", "a.w64", "a.flac", "a.mp3", "a.m4a", "a.webm"]  # the header has the length
+
+
+@pytest.mark.parametrize("name", [*TOLD, "a.ogg", "opus.ogg"])
+def test_a_truncated_recording_says_how_much_is_missing(recordings, name):
+    assert load_audio(recordings / name)[1] == []
+    path = cut_copy(recordings / name, 0.6)
+    wave, (note,) = load_audio(path)
+    assert 1.0 < len(wave) / RATE < 2.8
+    read = f"{len(wave) / RATE:.2f} s"
+    assert note.startswith(f"recording {path} is cut off or damaged: only the first {read} of ")
+    if name in TOLD:
+        whole = float(note.removesuffix(" s can be read").split()[-1])
+        assert whole == pytest.approx(4.0, abs=0.05)
+    # Of no interest to who wants less than is there.
+    assert load_audio(path, max_seconds=0.5)[1] == [f"recording {path} is longer than 0.5 s: the rest is cut off"]
+
+
+def test_a_truncated_recording_of_which_nothing_is_left(recordings):
+    for name in (*TOLD, "a.ogg"):
+        path = cut_copy(recordings / name, 20 / (recordings / name).stat().st_size)
+        says(lambda path=path: load_audio(path), f"recording {path} ")
+
+
+def test_a_wav_of_unannounced_length_is_whole(recordings, tmp_path):
+    """Programs that write into a pipe cannot go back to say how long it became."""
+    data = bytearray((recordings / "a.wav").read_bytes())
+    at = data.index(b"data") + 4
+    for size in (0xFFFFFFFF, 0x7FFFFFFF):
+        data[4:8] = data[at : at + 4] = struct.pack("<I", size)
+        (tmp_path / "a.wav").write_bytes(data)
+        wave, notes = load_audio(tmp_path / "a.wav")
+        assert len(wave) == 4 * RATE and notes == []
+
+
+def test_an_mp3_without_a_header_is_read_whole(tmp_path):
+    """Its bitrate varies: what the size of the first frame says of the length is wrong."""
+    wave = np.concatenate([0.1 * np.random.default_rng(0).standard_normal(RATE), np.zeros(5 * RATE)])
+    options = {"subtype": "MPEG_LAYER_III", "bitrate_mode": "VARIABLE", "compression_level": 0.3}
+    soundfile.write(tmp_path / "a.mp3", wave, RATE, **options)
+    data = (tmp_path / "a.mp3").read_bytes()
+    frames = data[data.index(b"\xff", data.index(b"Xing")) :]
+    titles = b"ID3\x04\0\0" + bytes([0, 0, 0x27, 0x10]) + bytes(5008)  # 39 * 128 + 16
+    for name, content in {"bare": frames, "titled": titles + frames}.items():
+        (tmp_path / f"{name}.mp3").write_bytes(content)
+        back, notes = load_audio(tmp_path / f"{name}.mp3")
+        assert abs(len(back) / RATE - 6) < 0.3 and notes == []
+    (tmp_path / "long_titles.mp3").write_bytes(titles + data[: len(data) // 2])
+    assert "of 6.00 s can be read" in load_audio(tmp_path / "long_titles.mp3")[1][0]
 
 
 # Video

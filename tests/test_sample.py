@@ -1,5 +1,6 @@
 """The command lines: every mistake is one line and exit status 2, at once, and nothing half-written is left behind."""
 
+import os
 import pathlib
 import re
 import subprocess
@@ -67,7 +68,7 @@ BAD = {
     "unknown preset": (["--config.preset=huge"], "config key preset: 'huge' is none of demo"),
     "impossible length": (["--config.frames=50"], "frames must be 4k + 1 between 5 and 125, got 50"),
     "too small": (["--config.enlarge=0"], "config key enlarge must be from 1 to 60, got 0"),
-    "missing weights": (["--config.weights=none"], "no weights at none/"),
+    "missing weights": (["--config.weights=none"], "no weights at none"),
     "a config for training": (["--config", str(ROOT / "configs" / "demo_vae.py")], "this config is not for sampling"),
     "missing config": (["--config", "none.py"], "config file none.py does not exist"),
     "wrong ending": (["--out", "talk.avi"], "output talk.avi must end in .mp4"),
@@ -176,6 +177,21 @@ def test_import_alone_does_not_start_jax():
     assert run.stdout == "False\n", run.stderr
 
 
+@pytest.mark.parametrize(
+    "words", [["--image", "none.png"], ["--audio", "none.wav"], ["--face", "1,2"], ["--seed", "-1"]]
+)
+def test_mistakes_of_the_command_line_are_told_before_jax_starts(words, files):
+    code = (
+        "import sys, sample; from emv3_jax import command_line\n"
+        f"print(command_line.run_main(sample.main, {arguments(words)!r}), 'jax' in sys.modules)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=files, env=environment, timeout=120
+    )
+    assert run.stdout == "2 False\n", run.stderr
+
+
 TRAIN_BAD = {
     "no workdir": (["--config=demo_vae.py"], "--workdir"),
     "no config": (["--workdir=run"], "--config"),
@@ -185,6 +201,9 @@ TRAIN_BAD = {
     "missing VAE": (["--config=demo_dit.py", "--workdir=run", "--config.vae_weights=none"], "no weights at none"),
     "missing start": (["--config=demo_vae.py", "--workdir=run", "--config.init_from=none"], "no weights at none/"),
     "long warm-up": (["--config=demo_vae.py", "--workdir=run", "--config.warmup_steps=10000"], "key warmup_steps must"),
+    "no steps": (["--config=demo_dit.py", "--workdir=run", "--config.steps=0"], "config key steps must be a whole"),
+    "never logged": (["--config=demo_vae.py", "--workdir=run", "--config.log_every=0"], "config key log_every must be"),
+    "stages of a number": (["--config=demo_vae.py", "--workdir=run", "--config.stages=5"], "config key stages must be"),
     "workdir below a file": (["--config=demo_vae.py", "--workdir=file/run"], "--workdir"),
 }
 
@@ -198,6 +217,7 @@ def test_a_mistake_in_training_is_one_line(name, tmp_path, monkeypatch, capsys):
     assert command_line.run_main(train.main, words) == 2
     err = capsys.readouterr().err
     assert message in err and err.startswith("error: ") and err.count("\n") == 1
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 # Configs
@@ -218,7 +238,7 @@ def test_every_config_has_the_keys_that_are_read_and_no_others(path):
     cfg = command_line.load_config(path)
     wanted = keys_read_by(*READERS[cfg.get("recipe")])
     if cfg.get("recipe"):
-        wanted |= {"recipe", "preset"}
+        wanted |= {"recipe", "preset"} | ({"frozen"} & set(cfg.keys()))
         wanted -= {"latent_channels"}  # of a model's cfg
     assert set(cfg.keys()) == wanted
 

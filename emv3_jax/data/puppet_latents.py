@@ -5,6 +5,7 @@ A clip's number says everything about it, its task too; so a set is described by
 
 import hashlib
 import pathlib
+import zipfile
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,8 @@ import numpy as np
 
 from emv3_jax import conditioning, tasks
 from emv3_jax.config import Preset
-from emv3_jax.files import atomic_path
+from emv3_jax.errors import UserError
+from emv3_jax.files import atomic_path, reason
 from emv3_jax.models.vae import WanVAE
 from emv3_jax.puppets import clips, renderer, world
 
@@ -102,7 +104,10 @@ def load(folder: pathlib.Path, preset: Preset, vae_params: Any, split: str, coun
     clip looks and sounds like, so a change of either makes new shards.
     """
     folder = folder / f"{split}_{frames}_{_digest(preset, vae_params)}"
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"config key latents: {folder} cannot be made ({reason(error)}); give another") from error
     encode, shards = make_encoder(preset, vae_params), []
     for first in range(0, count, SHARD):
         path = folder / f"{first:06d}.npz"
@@ -111,6 +116,9 @@ def load(folder: pathlib.Path, preset: Preset, vae_params: Any, split: str, coun
             with atomic_path(path) as temporary:
                 np.savez(temporary, **arrays)
             print(f"latents of {split} clips {first} to {first + SHARD - 1} of {count}: {path.name}", flush=True)
-        with np.load(path) as shard:
-            shards.append({name: shard[name] for name in shard.files})
+        try:
+            with np.load(path) as shard:
+                shards.append({name: shard[name] for name in shard.files})
+        except (OSError, ValueError, zipfile.BadZipFile) as error:
+            raise UserError(f"{path} is damaged ({error}); delete it, and it is extracted again") from error
     return {name: np.concatenate([shard[name] for shard in shards])[:count] for name in shards[0]}

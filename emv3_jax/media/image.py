@@ -6,6 +6,7 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -31,11 +32,7 @@ def load_image(path: PathLike) -> tuple[np.ndarray, list[str]]:
     path = check_readable(path, "image")
     notes: list[str] = []
     with _opened(path) as image:
-        width, height = image.size
-        if width * height > MAX_PIXELS:
-            raise UserError(f"image {path} is {width}x{height}, over {MAX_PIXELS // 10**6} megapixels: scale it down")
-        if min(width, height) < MIN_SIDE:
-            raise UserError(f"image {path} is {width}x{height}: both sides must be at least {MIN_SIDE} pixels")
+        _check_size(f"image {path}", *image.size)
         try:
             frames = getattr(image, "n_frames", 1)
             if frames > 1 and image.format != "MPO":  # MPO is a JPEG with previews of itself
@@ -47,6 +44,20 @@ def load_image(path: PathLike) -> tuple[np.ndarray, list[str]]:
     if transparent:
         notes.append(f"image {path} has transparent parts: they are laid over white")
     return np.asarray(rgb), notes
+
+
+def check_image(image: np.ndarray) -> np.ndarray:
+    """What `load_image` is for a picture that is given as an array: uint8 [H, W, 3] of a usable size, or UserError."""
+    image = np.asarray(image)
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise UserError(f"image must be a path or uint8 [H, W, 3], got {image.dtype} {image.shape}")
+    _check_size("image", image.shape[1], image.shape[0])
+    return image
+
+
+def to_uint8(video: Any) -> np.ndarray:
+    """Pixels of models as pixels of files: floats in [-1, 1], of any shape, NumPy's or JAX's -> 0..255, clipped."""
+    return np.clip(np.round((np.asarray(video, np.float32) + 1.0) * 127.5), 0, 255).astype(np.uint8)
 
 
 def fit_image(image: np.ndarray, height: int, width: int) -> tuple[np.ndarray, str | None]:
@@ -66,6 +77,13 @@ def fit_image(image: np.ndarray, height: int, width: int) -> tuple[np.ndarray, s
     cuts = [f"{percent}% of its {side} is cut off" for side, percent in lost.items() if percent]
     note = f"image {source_width}x{source_height} is {'enlarged' if scale > 1 else 'scaled'} to {width}x{height}"
     return np.asarray(fitted), "; ".join([note, *cuts])
+
+
+def _check_size(what: str, width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise UserError(f"{what} is {width}x{height}, over {MAX_PIXELS // 10**6} megapixels: scale it down")
+    if min(width, height) < MIN_SIDE:
+        raise UserError(f"{what} is {width}x{height}: both sides must be at least {MIN_SIDE} pixels")
 
 
 @contextlib.contextmanager

@@ -146,6 +146,7 @@ def read_video(
     Raises UserError for a file that is not a video or is damaged.
     """
     path = check_readable(path, "video")
+    unusable = f"video {path} is not a video or is damaged: give an MP4, WebM or MOV file"
     try:
         with open_media(path) as container:
             frames, fps, start = _decode_pictures(container, max_seconds)
@@ -153,7 +154,9 @@ def read_video(
             # A second more than the picture lasts: the two tracks need not start together.
             sound = decode_sound(container, len(frames) / fps + 1)
     except av.FFmpegError:
-        raise UserError(f"video {path} is not a video or is damaged: give an MP4, WebM or MOV file") from None
+        raise UserError(unusable) from None
+    if sound is not None and sound.broken:
+        raise UserError(unusable)
     if not frames:
         raise UserError(f"video {path} holds no pictures")
     if sound is None:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from emv3_jax.config import DiTConfig
+from emv3_jax.config import AudioWindowConfig, DiTConfig
 from emv3_jax.layers import LayerNorm
 
 EXPAND = 4  # audio tokens by which every segment is widened at both ends
@@ -57,10 +57,15 @@ class AudioWindows(nn.Module):
 
     cfg: DiTConfig
 
+    @property
+    def _sizes(self) -> AudioWindowConfig:
+        assert self.cfg.audio_windows is not None
+        return self.cfg.audio_windows
+
     @nn.compact
     def __call__(self, audio: jax.Array) -> jax.Array:
         """audio [B, F, W, layers, audio_width] -> tokens [B, T·S, D] float32."""
-        cfg, sizes = self.cfg, self.cfg.audio_windows
+        cfg, sizes = self.cfg, self._sizes
         batch, frames, window = audio.shape[:3]
         audio = audio.reshape(batch, frames, window, -1)
         n, count = sizes.neighbours, (frames - 1) // TEMPORAL_FACTOR
@@ -78,7 +83,7 @@ class AudioWindows(nn.Module):
     @nn.nowrap
     def audio_shape(self, audio_len: int) -> tuple[int, ...]:
         """Shape of one sample's windows for `audio_len` video frames."""
-        sizes = self.cfg.audio_windows
+        sizes = self._sizes
         return audio_len, 2 * sizes.neighbours + 1, sizes.layers, self.cfg.audio_width
 
     @nn.nowrap
@@ -89,7 +94,7 @@ class AudioWindows(nn.Module):
         """
         if audio_len != (latent_frames - 1) * TEMPORAL_FACTOR + 1:
             raise ValueError(f"audio of {audio_len} video frames does not fit {latent_frames} latent frames")
-        return np.arange(latent_frames * self.cfg.audio_windows.tokens).reshape(latent_frames, -1)
+        return np.arange(latent_frames * self._sizes.tokens).reshape(latent_frames, -1)
 
 
 def audio_encoder(cfg: DiTConfig, **kwargs) -> AudioTokens | AudioWindows:

@@ -29,7 +29,14 @@ def _decode(pipeline: Pipeline, latents: jax.Array) -> np.ndarray:
 def generate_batch(
     pipeline: Pipeline, options: SamplingOptions, batch: list[clips.Clip], task: str = "i2v", seed: int = 0
 ) -> np.ndarray:
-    """Generates clips of equal length from their first frames, prompts and voices: [B, F, H, W, 3] in [-1, 1]."""
+    """Generates clips of equal length: [B, F, H, W, 3] in [-1, 1].
+
+    Args:
+      pipeline, options: how.
+      batch: whose prompts, voices and, as far as the task gives them, frames are given.
+      task: a task that tells by itself what is given: i2v, t2v, flf2v or lipsync.
+      seed: of the first clip's noise; the others have the ones that follow.
+    """
     preset, frames = pipeline.preset, len(batch[0].mouth)
     videos = np.stack([np.asarray(clip.render(preset.height)) for clip in batch])
     masks = np.stack([puppet_latents.task_mask(task, clip, preset.height, preset.width) for clip in batch])

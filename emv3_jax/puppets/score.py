@@ -2,20 +2,28 @@
 
 Prints a table and, with --json, writes the numbers. Rows: what the pipeline generates on held-out identities, sentences
 and voices; the true videos; the true videos through the VAE and back; recordings spoken by held-out puppets.
+
+The task is i2v unless --task says otherwise; `--task t2v i2v` makes two rows, "generated, t2v" and "generated". (For
+t2v the identity says nothing: no picture was given.)
 """
 
+import functools
 import json
 import pathlib
 import sys
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from emv3_jax import command_line, media
+from emv3_jax import command_line, demo, media
+from emv3_jax.config import Preset
 from emv3_jax.errors import UserError
 from emv3_jax.pipeline import FPS, RATE, Pipeline, SamplingOptions, load_pipeline
 from emv3_jax.puppets import clips, evaluation
 
+TASKS = ("t2v", "i2v", "flf2v", "lipsync")  # those that the demo is trained on
 COLUMNS = ("sync", "sync_other", "offset", "motion", "identity", "drift", "psnr")
+Make = Callable[[list[clips.Clip], int], np.ndarray]
 
 
 def recording_clips(path: pathlib.Path, frames: int, first_index: int) -> list[clips.Clip]:
@@ -38,24 +46,51 @@ def recording_clips(path: pathlib.Path, frames: int, first_index: int) -> list[c
 
 
 def score_weights(
-    pipe: Pipeline, options: SamplingOptions, count: int, frames: int, spoken: dict[str, list[clips.Clip]]
+    pipe: Pipeline,
+    options: SamplingOptions,
+    count: int,
+    frames: int,
+    spoken: dict[str, list[clips.Clip]],
+    tasks: Iterable[str] = ("i2v",),
 ) -> dict[str, list[dict[str, float]]]:
-    """Rows of the table: name -> scores of each clip. spoken: clips of recordings, by the name of their row."""
+    """Rows of the table: name -> scores of each clip.
+
+    Args:
+      count, frames: held-out clips.
+      spoken: clips of recordings, by the name of their row.
+      tasks: what is generated, a row each; rows of other tasks than i2v have the task in their name.
+    """
     size = pipe.preset.height
     held_out = [clips.make_clip("heldout", i, frames) for i in range(count)]
 
     def true(batch: list[clips.Clip], first: int) -> np.ndarray:
         return np.stack([np.asarray(clip.render(size)) for clip in batch])
 
-    def made(batch: list[clips.Clip], first: int) -> np.ndarray:
-        return evaluation.generate_batch(pipe, options, batch, seed=first)
+    def made(batch: list[clips.Clip], first: int, task: str) -> np.ndarray:
+        return evaluation.generate_batch(pipe, options, batch, task, seed=first)
 
     def decoded(batch: list[clips.Clip], first: int) -> np.ndarray:
         return evaluation.through_codec(pipe, true(batch, first))
 
-    rows = {"generated": (made, held_out), "true video": (true, held_out), "through the VAE": (decoded, held_out)}
-    rows |= {name: (made, some) for name, some in spoken.items()}
+    def generated(name: str, some: list[clips.Clip]) -> dict[str, tuple[Make, list[clips.Clip]]]:
+        named = {task: name if task == "i2v" else f"{name}, {task}" for task in tasks}
+        return {row: (functools.partial(made, task=task), some) for task, row in named.items()}
+
+    rows: dict[str, tuple[Make, list[clips.Clip]]] = generated("generated", held_out)
+    rows |= {"true video": (true, held_out), "through the VAE": (decoded, held_out)}
+    for name, some in spoken.items():
+        rows |= generated(name, some)
     return {name: evaluation.in_batches(make, some)[0] for name, (make, some) in rows.items()}
+
+
+def check_frames(frames: int, preset: Preset) -> None:
+    """Raises UserError for a number of frames that cannot be scored, or that the preset cannot generate."""
+    if frames % 4 != 1 or frames < 13:
+        raise UserError(f"--frames must be 4k + 1 and at least 13, got {frames}")
+    if frames > preset.max_frames:
+        raise UserError(
+            f"--frames must be at most {preset.max_frames}, the longest clip of the preset {preset.name}, got {frames}"
+        )
 
 
 def main(arguments: list[str]) -> int:
@@ -63,15 +98,18 @@ def main(arguments: list[str]) -> int:
     parser = command_line.make_parser("emv3_jax.puppets.score", __doc__, config="configs/demo.py")
     parser.add_argument("--clips", type=int, default=64, help="held-out clips (default: 64)")
     parser.add_argument("--frames", type=int, default=81, help="frames of a clip, 4k + 1 (default: 81)")
+    parser.add_argument("--task", nargs="+", choices=TASKS, default=["i2v"], help="what to generate (default: i2v)")
     parser.add_argument("--recordings", nargs="*", default=[], type=pathlib.Path, help="sound files to speak")
     parser.add_argument("--weights", help="a folder that train.py wrote (default: the shipped weights)")
     parser.add_argument("--json", help="also write the numbers here")
     options, cfg = command_line.parse(parser, arguments)
-    if options.clips < 1 or options.frames % 4 != 1 or options.frames < 13:
-        raise UserError("--clips must be at least 1, and --frames 4k + 1 and at least 13")
+    if options.clips < 1:
+        raise UserError(f"--clips must be at least 1, got {options.clips}")
     target = media.check_writable(options.json, (".json",)) if options.json else None
     if "sampling" not in cfg or "preset" not in cfg or "weights" not in cfg:
         raise UserError("this config is not for sampling: give configs/demo.py")
+    check_frames(options.frames, demo.preset(cfg))
+    sampling = SamplingOptions(**cfg.sampling)
     if len(set(options.recordings)) < len(options.recordings):
         raise UserError("--recordings names a file twice")
     spoken = {
@@ -80,8 +118,7 @@ def main(arguments: list[str]) -> int:
     }
     command_line.setup_compile_cache()
     pipe = load_pipeline(cfg.preset, options.weights or cfg.weights or None)
-    sampling = SamplingOptions(**cfg.sampling)
-    table = score_weights(pipe, sampling, options.clips, options.frames, spoken)
+    table = score_weights(pipe, sampling, options.clips, options.frames, spoken, dict.fromkeys(options.task))
     means = {name: {"clips": len(rows), **evaluation.means(rows)} for name, rows in table.items()}
     wide = max(len(name) for name in means) + 2
     print(f"{'':{wide}}{'clips':>7}" + "".join(f"{name:>12}" for name in COLUMNS))

@@ -14,6 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from emv3_jax.errors import UserError
+from emv3_jax.files import check_writable
 from emv3_jax.training import state as train_state
 from emv3_jax.training.run_log import RunLog
 from emv3_jax.training.state import TrainState
@@ -58,6 +59,7 @@ def train(recipe: Recipe, cfg: Any, workdir: pathlib.Path) -> int:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--workdir {workdir} cannot be used: {error.strerror}; name a folder") from error
+    check_writable(workdir / "metrics.jsonl")
     optimizer = train_state.make_optimizer(cfg)
     state = train_state.init_state(recipe.init(), optimizer)
     options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
@@ -182,7 +184,8 @@ class _Signals:
     def __enter__(self) -> "_Signals":
         if threading.current_thread() is threading.main_thread():  # no other may say what signals do
             for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._note)
+                if signal.getsignal(number) != signal.SIG_IGN:  # as nohup and the background of a script have it
+                    self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -3,13 +3,10 @@
 import numpy as np
 
 
-def to_uint8(video: np.ndarray) -> np.ndarray:
-    """[-1, 1] -> 0..255."""
-    return np.clip(np.round((np.asarray(video) + 1.0) * 127.5), 0, 255).astype(np.uint8)
-
-
 def film_strip(videos: list[np.ndarray], columns: int = 8) -> np.ndarray:
     """One row a video [F, H, W, 3] in [-1, 1], evenly spaced frames from left to right -> [h, w, 3] uint8."""
+    from emv3_jax.media import to_uint8
+
     rows = []
     for video in videos:
         at = np.linspace(0, len(video) - 1, columns).round().astype(int)

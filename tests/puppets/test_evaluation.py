@@ -37,6 +37,7 @@ def words(tiny, tiny_pipeline, tmp_path, monkeypatch) -> list[str]:
     checkpoint.save_models(tmp_path / "weights", tiny_pipeline.params)
     rng = np.random.default_rng(0)
     soundfile.write("speech.wav", 0.1 * rng.standard_normal(30 * 640), 16000)
+    soundfile.write("short.wav", 0.1 * rng.standard_normal(12 * 640), 16000)
     sizes = ["--config.preset=tiny", "--config.sampling.steps=1", "--clips=1", "--frames=13"]
     return [f"--config={CONFIG}", "--weights=weights", *sizes]
 
@@ -55,15 +56,32 @@ def test_the_table_and_the_numbers(words, tmp_path, capsys):
     assert len(numbers["clips"]["speech.wav"]) == 2
 
 
+def test_a_row_a_task(words, tmp_path, capsys):
+    more = ["--task", "t2v", "i2v", "flf2v", "lipsync", "i2v", "--json=scores.json", "--recordings", "speech.wav"]
+    assert command_line.run_main(score.main, [*words, *more]) == 0
+    means = json.loads((tmp_path / "scores.json").read_text())["means"]
+    tasks = ["generated, t2v", "generated", "generated, flf2v", "generated, lipsync"]
+    spoken = [name.replace("generated", "speech.wav") for name in tasks]
+    assert list(means) == [*tasks, "true video", "through the VAE", *spoken]
+    assert (
+        means["generated, lipsync"]["identity"] != means["generated"]["identity"] != means["generated, t2v"]["identity"]
+    )
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--frames=12"], "--frames 4k + 1 and at least 13"),
-        (["--clips=0"], "--clips must be at least 1"),
+        (["--frames=12"], "--frames must be 4k + 1 and at least 13, got 12"),
+        (["--frames=9"], "--frames must be 4k + 1 and at least 13, got 9"),
+        (["--frames=17"], "--frames must be at most 13, the longest clip of the preset tiny, got 17"),
+        (["--clips=0"], "--clips must be at least 1, got 0"),
+        (["--task", "i2v", "v2v"], "--task: invalid choice: 'v2v'"),
+        (["--config.preset=huge"], "config key preset: 'huge' is none of demo, "),
+        (["--config.sampling.steps=0"], "steps must be at least 1"),
         (["--recordings", "none.wav"], "recording none.wav does not exist"),
-        (["--frames=33", "--recordings", "speech.wav"], "speech.wav lasts 1.20 s, shorter than 33 frames"),
+        (["--recordings", "short.wav"], "short.wav lasts 0.48 s, shorter than 13 frames"),
         (["--json=scores.txt"], "output scores.txt must end in .json"),
-        (["--weights=none"], "no weights at none/"),
+        (["--weights=none"], "no weights at none"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_generated(words, monkeypatch, capsys, more, message):

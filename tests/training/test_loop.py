@@ -167,6 +167,16 @@ def test_making_the_data_is_broken_off_at_once_and_what_is_whole_stays(tmp_path,
     assert_same_run(run, whole)
 
 
+def test_a_signal_that_is_ignored_stays_ignored(tmp_path):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert loop.train(Quadratic(before_batch=stop_at(7, signal.SIGINT)), config(), tmp_path) == 0
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert last_state(tmp_path)[0] == 12
+
+
 def test_the_second_signal_is_not_held_back(tmp_path):
     def impatient(step):
         if step == 4:
