@@ -107,7 +107,7 @@ def to_torch(args: argparse.Namespace) -> None:
         raise UserError(f"{outs[0]} cannot hold {len(outs)} models: give a folder")
     with claim(outs[0].parent):
         for job, out in zip(planned, outs, strict=True):
-            for reason in job.left_out:
+            for reason in dict.fromkeys(job.left_out):
                 print(f"{job.model.name}: not written, as the model does not hold it: {reason} (--base FILE copies it)")
             jobs.run_to_torch(job, out, args.overwrite)
             print(f"{out}: {len(job.header)} tensors", flush=True)

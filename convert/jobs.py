@@ -16,10 +16,10 @@ from tqdm import tqdm
 
 from convert import engine
 from convert.engine import Checkpoint, ConversionError, Plan, TorchTensor
-from convert.registry import MODELS, Match, Model, config_from, configured, identify, identify_one, read_config
+from convert.registry import GUESSED, MODELS, Match, Model, config_from, configured, identify, identify_one, read_config
 from convert.sources import SafetensorsFile, Source, Spec, open_source, sha256
-from convert.writers import OnBytes, SafetensorsWriter, check_space, staged, write_orbax
-from emv3_jax.converted import RECORD, Record, read_parameter, read_record, shapes
+from convert.writers import BATCH_BYTES, OnBytes, SafetensorsWriter, check_space, staged, write_orbax
+from emv3_jax.converted import RECORD, Record, read_parameters, read_record, shapes
 from emv3_jax.errors import UserError
 
 METADATA = "emv3_jax"  # the record's name in the header of a .safetensors file of ours
@@ -35,7 +35,10 @@ class ConvertedFolder(Source):
         self.header = {name: Spec(tuple(leaf.shape), np.dtype(leaf.dtype)) for name, leaf in shapes(path).items()}
 
     def read(self, key: str) -> np.ndarray:
-        return read_parameter(self.path, key)
+        return self.read_many([key])[key]
+
+    def read_many(self, keys: Iterable[str]) -> dict[str, np.ndarray]:
+        return read_parameters(self.path, keys)
 
 
 class ConvertedFile(SafetensorsFile):
@@ -73,7 +76,7 @@ def best_match(header: Mapping[str, Spec], model: str, naming: str | None = None
     if found := identify(header, [model], naming):
         return found[0]
     family = MODELS[model].naming(naming)
-    return Match(MODELS[model], family, next(iter(family.forms)), 0.0, 0.0)
+    return Match(MODELS[model], family, next(iter(family.forms)), MODELS[model].cfg, 0.0, 0.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +163,7 @@ def plan_to_jax(
     try:
         plan = engine.plan_to_jax(checkpoints, dtype=None if dtype is None else np.dtype(dtype))
     except ConversionError as error:
-        raise ConversionError(error.source_name, error.problems, _hint(error, match, source, cfg, base)) from None
+        raise ConversionError(error.source_name, error.problems, _hint(error, match, source, base)) from None
     return ToJax(match, cfg, tuple(sources), tuple(checkpoints), plan)
 
 
@@ -168,13 +171,15 @@ def _checkpoint(source: Source, match: Match, cfg: Any) -> Checkpoint:
     return Checkpoint(str(source.path), match.table(cfg), match.model.tree(cfg), source.header, source.read)
 
 
-def _hint(error: ConversionError, match: Match, source: Source, cfg: Any, base: Path | None) -> str:
+def _hint(error: ConversionError, match: Match, source: Source, base: Path | None) -> str:
     """What the user may have meant, where the disagreement looks like it."""
     kinds = {problem.split(":")[0] for problem in error.problems}
     if kinds == {"missing"} and base is None:
         return "If it is a fine-tune that holds only some of the tensors, lay it over the others with --base FILE."
-    if "mis-shaped" in kinds and match.known == 1 and (sizes := differences(read_config(match, source.header), cfg)):
-        return f"The file has other sizes; if that is meant: {' '.join(f'--set {size}' for size in sizes)}"
+    if match.known == 1 and "mis-shaped" in kinds:
+        sizes = differences(read_config(match, source.header), match.model.cfg)
+        settings = " ".join(f"--set {size}" for size in sizes if not size.startswith(GUESSED))
+        return f"The file has other sizes; if that is meant: {settings}" if settings else ""
     return ""
 
 
@@ -242,13 +247,25 @@ class ToTorch:
         return specs | self._extra_by_width()
 
     def tensors(self) -> Iterator[np.ndarray]:
-        """Values in the order of the header; one parameter is in memory at a time."""
+        """Values in the order of the header; some small parameters or one large one are in memory at a time."""
+        batch: list[tuple[str, list[TorchTensor]]] = []
+        size = 0
         for path, tensors in self._by_width():
-            leaf = self.source.read(path)
-            for tensor in tensors:
-                yield tensor.of(leaf)
+            nbytes = self.source.header[path].nbytes
+            if batch and size + nbytes > BATCH_BYTES:
+                yield from self._values(batch)
+                batch, size = [], 0
+            batch.append((path, tensors))
+            size += nbytes
+        yield from self._values(batch)
         if self.original is not None:
             yield from (self.original.read(key) for key in self._extra_by_width())
+
+    def _values(self, batch: list[tuple[str, list[TorchTensor]]]) -> Iterator[np.ndarray]:
+        leaves = self.source.read_many([path for path, _ in batch])
+        for path, tensors in batch:
+            leaf = leaves.pop(path)
+            yield from (tensor.of(leaf) for tensor in tensors)
 
     def _extra_by_width(self) -> dict[str, Spec]:
         extra = {key: self.original.header[key] for key in self.extra} if self.original else {}

@@ -14,6 +14,7 @@ from emv3_jax.config import DIT_FLASH, DIT_PREVIEW, CLIPConfig, DiTConfig, UMT5C
 from emv3_jax.errors import UserError
 
 Shapes = Mapping[str, tuple[int, ...]]
+GUESSED = ("heads", "audio_windows.layers")  # by `read_config`: these sizes do not show in shapes
 SURE = 0.5  # share of a model's rules that a file must fill to be taken for that model
 
 
@@ -44,6 +45,7 @@ class Model:
 
     read_sizes: parameter shapes -> config fields that show in them; the number of heads, for one, does not.
     bases: models whose weights may lie under a partial checkpoint of this one, besides its own.
+    other_keys: configs whose torch keys are others than those of the released sizes, to recognise files by.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Model:
     target_tree: Callable[[Any], dict]
     read_sizes: Callable[[Shapes, Any], dict[str, Any]]
     bases: tuple[str, ...] = ()
+    other_keys: tuple[Any, ...] = ()
 
     def naming(self, name: str | None = None) -> Naming:
         """A naming, by default the released one; raises UserError where the model has no such form."""
@@ -211,7 +214,7 @@ MODELS = {
         Model(
             "vae", "Wan 2.1 video VAE", VAEConfig(),
             (Naming("released", {"": vae.table}), Naming("diffusers", {"": names_diffusers.vae_table})),
-            vae.target_tree, _vae_sizes,
+            vae.target_tree, _vae_sizes, other_keys=tuple(VAEConfig(res_blocks=count) for count in (1, 3, 4)),
         ),
         Model(
             "umt5", "umT5-XXL text encoder", UMT5Config(),
@@ -241,11 +244,15 @@ NAMINGS = ("released", "diffusers", "huggingface")
 
 @dataclasses.dataclass(frozen=True)
 class Match:
-    """How well a file fits a model: the share of its keys that the model knows, and of the model's rules it fills."""
+    """How well a file fits a model: the share of its keys that the model knows, and of the model's rules it fills.
+
+    cfg: the model's own, or that of `other_keys` whose keys fit better.
+    """
 
     model: Model
     naming: Naming
     form: str
+    cfg: Any
     known: float
     filled: float
 
@@ -265,10 +272,11 @@ def identify(header: Iterable[str], models: Iterable[str] = MODELS, naming: str 
     found = []
     for model in (MODELS[name] for name in models):
         matches = [
-            Match(model, family, form, *_fit(family.table(model.cfg, form), keys, family.tied))
+            Match(model, family, form, cfg, *_fit(family.table(cfg, form), keys, family.tied))
             for family in model.namings
             if naming in (None, family.name)
             for form in family.forms
+            for cfg in (model.cfg, *model.other_keys)
         ]
         if matches:
             found.append(max(matches, key=lambda match: match.rank))
@@ -300,15 +308,12 @@ def identify_one(header: Iterable[str], name: str) -> Match:
 
 def read_config(match: Match, header: Mapping[str, Spec]) -> Any:
     """The model's config with every size that shows in a file's shapes."""
-    cfg = match.model.cfg
+    cfg = match.cfg
     if isinstance(cfg, CLIPConfig):
         blocks = {int(m[1]) for key in header if (m := re.search(r"(?:transformer|encoder\.layers)\.(\d+)\.", key))}
         if blocks:  # the last block may be there or not: files written here lack it
             count = max(blocks) + 1
             cfg = dataclasses.replace(cfg, layers=cfg.layers if count == cfg.layers - 1 else count)
-    if isinstance(cfg, VAEConfig):
-        options = [dataclasses.replace(cfg, res_blocks=count) for count in (cfg.res_blocks, 1, 3, 4)]
-        cfg = max(options, key=lambda option: min(_fit(match.table(option), tuple(header), None)))
     sizes = match.model.read_sizes(parameter_shapes(match.table(cfg), header), cfg)
     return dataclasses.replace(cfg, **sizes)
 

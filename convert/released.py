@@ -41,19 +41,17 @@ def find(root: Path, variant: str) -> Found:
     files = [path for path in files if path.name.endswith(WEIGHTS) and not path.name.startswith(".")]
     parts: dict[str, list[Path]] = {name: [] for name in (f"dit-{variant}", *BASE_FILES, "wav2vec2", TOKENIZER)}
     unused: list[str] = []
-    seen: set[Path] = set()
     for folder in folders:
         if AUDIO_FOLDERS[variant] in folder.name:
-            weights = only_weights(folder)
-            parts["wav2vec2"].append(weights)
-            seen |= {path for path in files if path.parent == folder and path != weights}
-            unused += [f"{path}: {weights.name} holds the same" for path in files if path in seen]
-        if folder.name == "umt5-xxl" and folder.parent.name == "google" or (folder / "google/umt5-xxl").is_dir():
-            parts[TOKENIZER].append(folder if folder.name == "umt5-xxl" else folder / "google/umt5-xxl")
+            parts["wav2vec2"].append(only_weights(folder))
+        if (tokenizer := folder / "google" / "umt5-xxl").is_dir():
+            parts[TOKENIZER].append(tokenizer)
+    heard = {path.parent: path for path in parts["wav2vec2"]}
     for path in files:
-        if path in seen or path in parts["wav2vec2"]:
-            continue
-        if (name := _part(path, variant)) in parts:
+        if path.parent in heard:
+            if path != heard[path.parent]:
+                unused.append(f"{path}: {heard[path.parent].name} is taken")
+        elif (name := _part(path, variant)) in parts:
             parts[name].append(path)
         elif not _is_shard(path, files):
             unused.append(f"{path}: {name}")
@@ -61,7 +59,7 @@ def find(root: Path, variant: str) -> Found:
     wanted = WANTED | {f"dit-{variant}": f"{TRANSFORMER}.safetensors of the {variant} transformer"}
     wanted["wav2vec2"] = f"the folder {AUDIO_FOLDERS[variant]}"
     missing = tuple(f"{name}: {wanted[name]}" for name in parts if name not in chosen)
-    return Found(chosen, missing, tuple(dict.fromkeys(unused)))
+    return Found(chosen, missing, tuple(unused))
 
 
 def _subfolders(folders: Iterable[Path]) -> list[Path]:
@@ -95,7 +93,7 @@ def _only(name: str, paths: list[Path], unused: list[str]) -> Path | None:
     stems = {(path.parent, path.name.split(".")[0]) for path in paths}
     if len(stems) == 1 and len(paths) > 1:
         paths.sort(key=lambda path: (".safetensors" not in path.name, path.name))
-        unused += [f"{path}: {paths[0].name} holds the same" for path in paths[1:]]
+        unused += [f"{path}: {paths[0].name} is taken" for path in paths[1:]]
         return paths[0]
     if len(paths) > 1:
         raise UserError(f"{name} is there {len(paths)} times, keep one: {', '.join(map(str, paths))}")

@@ -8,11 +8,9 @@ from pathlib import Path
 from convert import engine
 from convert.engine import Checkpoint, ConversionError
 from convert.jobs import ConvertedFile, ConvertedFolder, differences, groups, open_converted
-from convert.registry import MODELS, SURE, Match, config_from, identify, read_config
+from convert.registry import GUESSED, MODELS, SURE, Match, config_from, identify, read_config
 from convert.sources import Source, Spec, open_source
 from emv3_jax.converted import RECORD
-
-KEPT_SIZES = ("heads", "audio_windows.layers")  # guessed, not read: they do not show in shapes
 
 
 def describe(path: Path, keys: bool = False) -> list[str]:
@@ -60,7 +58,7 @@ def _torch(source: Source, match: Match) -> Iterator[str]:
     yield _row("model", f"{match.model.name}: {match.model.title}")
     yield _row("naming", match.naming.name + form)
     cfg = read_config(match, source.header)
-    other = [size for size in differences(cfg, match.model.cfg) if not size.startswith(KEPT_SIZES)]
+    other = [size for size in differences(cfg, match.model.cfg) if not size.startswith(GUESSED)]
     yield _row("sizes", f"not the released ones: {' '.join(other)}" if other else "as released")
     table = match.table(cfg)
     source = match.naming.prepare(source)

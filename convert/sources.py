@@ -13,7 +13,7 @@ import pickletools
 import re
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,10 @@ class Source(abc.ABC):
     @abc.abstractmethod
     def read(self, key: str) -> np.ndarray:
         """One tensor; raises UserError if the file cannot be read any more."""
+
+    def read_many(self, keys: Iterable[str]) -> dict[str, np.ndarray]:
+        """Several tensors, all in memory at once."""
+        return {key: self.read(key) for key in keys}
 
 
 def open_source(path: Path) -> Source:

@@ -97,7 +97,7 @@ def check_space(folder: Path, needed: int) -> None:
     """Raises UserError if the disk of `folder` has fewer than `needed` bytes left."""
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise UserError(f"{folder} has {free / 1e9:.1f} GB left, {needed / 1e9:.1f} GB are needed: make room there")
+        raise UserError(f"{folder} has {free / 1e6:,.1f} MB left, {needed / 1e6:,.1f} MB are needed: make room there")
 
 
 class _LeafHandler(ocp.type_handlers.NumpyHandler):
@@ -116,19 +116,22 @@ class _LeafHandler(ocp.type_handlers.NumpyHandler):
     ) -> list[Any]:
         batch: list[Any] = []
         size = 0
-        for leaf, info in zip(values, infos, strict=True):
-            small = leaf.spec.nbytes <= CHUNK_BYTES
-            array = await self._create(leaf, info, leaf.spec.shape if small else leaf.block_shape)
-            for layer, block in ((None, leaf.array()),) if small else leaf.blocks():
-                # A block is not changed after this, so TensorStore need not copy it.
-                part = array[... if layer is None else layer]
-                batch.append(part.write(block, can_reference_source_data_indefinitely=True))
-                size += block.nbytes
-                self._on_bytes(block.nbytes)
-                if size > BATCH_BYTES:
-                    await asyncio.gather(*batch)
-                    batch, size = [], 0
-        await asyncio.gather(*batch)
+        try:
+            for leaf, info in zip(values, infos, strict=True):
+                small = leaf.spec.nbytes <= CHUNK_BYTES
+                array = await self._create(leaf, info, leaf.spec.shape if small else leaf.block_shape)
+                for layer, block in ((None, leaf.array()),) if small else leaf.blocks():
+                    # A block is not changed after this, so TensorStore need not copy it.
+                    part = array[... if layer is None else layer]
+                    batch.append(part.write(block, can_reference_source_data_indefinitely=True))
+                    size += block.nbytes
+                    self._on_bytes(block.nbytes)
+                    if size > BATCH_BYTES:
+                        await asyncio.gather(*batch)
+                        batch, size = [], 0
+            await asyncio.gather(*batch)
+        finally:  # after an error too, nothing may write any more when the folder is removed
+            await asyncio.gather(*batch, return_exceptions=True)
         return []
 
     async def _create(self, leaf: Leaf, info: Any, chunk: tuple[int, ...]) -> ts.TensorStore:

@@ -92,7 +92,7 @@ def test_all_released_folders_in_one_go(tiny_models, tensors_of, write, tmp_path
     assert (out / "tokenizer" / "spiece.model").read_bytes() == b"pieces"
     for line in (
         f"found     vae: {root}/Wan2.1-Fun-V1.1-1.3B-InP/Wan2.1_VAE.safetensors",
-        "pytorch_model.bin: model.safetensors holds the same",
+        "pytorch_model.bin: model.safetensors is taken",
         "diffusion_pytorch_model.safetensors: the Wan-Fun base transformer, without audio, which",
         "clip: 1 tensors left out: textual (1) (the text tower; prompts go through umT5)",
         "vae: values are rounded from float32 to bfloat16",
