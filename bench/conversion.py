@@ -72,8 +72,7 @@ def umt5_shapes() -> dict[str, tuple[int, ...]]:
     """Keys of umT5-XXL's encoder; the golden data holds no manifest of it."""
     tree = traverse_util.flatten_dict(umt5.target_tree(UMT5Config()), sep="/")
     plan = plan_to_torch(umt5.TABLE, specs(tree), None, "umt5")
-    zero = {path: np.broadcast_to(np.float32(0), leaf.shape) for path, leaf in tree.items()}
-    return {tensor.key: tensor.of(zero[path]).shape for path, tensors in plan.items() for tensor in tensors}
+    return {tensor.key: tensor.spec.shape for tensors in plan.values() for tensor in tensors}
 
 
 def tokenizer(folder: pathlib.Path) -> None:
@@ -118,23 +117,34 @@ def same(original: pathlib.Path, back: pathlib.Path) -> bool:
 
 
 def main() -> int:
-    """Makes the folders, runs the commands, compares."""
+    """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("golden", type=pathlib.Path)
     parser.add_argument("folder", type=pathlib.Path)
     parser.add_argument("--variant", choices=sorted(AUDIO), default="preview")
     parser.add_argument("--keep", action="store_true")
     args = parser.parse_args()
-    released, converted, back = (args.folder / name for name in ("released", "converted", "back"))
-    make(Stand(args.golden), released, args.variant)
+    if args.folder.exists() and any(args.folder.iterdir()):
+        parser.error(f"{args.folder} is not empty; name a folder that is, or does not exist")
+    try:
+        return run(args.golden, args.folder, args.variant)
+    finally:
+        if not args.keep:
+            shutil.rmtree(args.folder, ignore_errors=True)
+
+
+def run(golden: pathlib.Path, folder: pathlib.Path, variant: str) -> int:
+    """Makes the folders, runs the commands, compares; returns the exit status."""
+    released, converted, back = (folder / name for name in ("released", "converted", "back"))
+    make(Stand(golden), released, variant)
     total = sum(path.stat().st_size for path in released.rglob("*") if path.is_file())
     print(f"{total / 1e9:.1f} GB of stand-in weights\n")
     print("| command | time | peak memory | exit |\n| --- | --- | --- | --- |", flush=True)
-    words = ("--from", str(released), "--variant", args.variant, "--to", str(converted))
-    good = timed(f"to-jax --from, {args.variant}", "convert", "to-jax", *words) == 0
+    words = ("--from", str(released), "--variant", variant, "--to", str(converted))
+    good = timed(f"to-jax --from, {variant}", "convert", "to-jax", *words) == 0
     good &= timed("doctor", "emv3_jax.doctor", "--weights", str(converted)) == 0
     for model, place in BACK.items():
-        name, original = model.format(args.variant), released / place.format(AUDIO[args.variant])
+        name, original = model.format(variant), released / place.format(AUDIO[variant])
         good &= timed(f"inspect {original.name}", "convert", "inspect", str(original)) == 0
         base = ("--base", str(original)) if model == "clip" else ()  # for what the model does not hold
         file = back / f"{name}.safetensors"
@@ -143,8 +153,6 @@ def main() -> int:
         print(f"| {name} came back {'the same' if equal else 'DIFFERENT'} | | | |", flush=True)
         good &= equal
         file.unlink(missing_ok=True)
-    if not args.keep:
-        shutil.rmtree(args.folder)
     return 0 if good else 1
 
 

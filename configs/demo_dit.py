@@ -17,9 +17,9 @@ def get_config() -> ml_collections.ConfigDict:
             "init_from": "",
             "seed": 0,
             # data: latents of puppets, extracted once
-            "vae_weights": "runs/demo_vae/weights/vae.safetensors",
+            "vae_weights": "runs/demo_vae_decoder/weights/vae.safetensors",
             "latents": "runs/latents",
-            "clips": 640,
+            "clips": 832,
             "clip_frames": 125,
             # Up to step; then kinds of batches, taken in turn: first frames of a clip, clips.
             "stages": (

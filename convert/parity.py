@@ -319,7 +319,7 @@ def run(golden: Golden, cases: tuple[Case, ...]) -> bool:
         try:
             with jax.default_matmul_precision("highest"):
                 error = relative_error(*case.compare(golden))
-        except (ValueError, KeyError) as problem:  # UserError is a ValueError
+        except (ValueError, KeyError, OSError) as problem:  # UserError is a ValueError
             error = float("nan")
             print(f"{case.name}: {problem}", file=sys.stderr)
         passed = error <= case.tolerance  # False for nan
@@ -333,12 +333,17 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m convert.parity", description=__doc__.splitlines()[0])
     parser.add_argument("dir", type=Path, metavar="DIR", help="folder of golden values")
     parser.add_argument("--seed", type=int, default=0, help="seed of the stand-in weights (default 0)")
-    parser.add_argument("--full", action="store_true", help="also the released sizes (tens of GB of memory)")
+    parser.add_argument(
+        "--full", action="store_true", help="also the released sizes (some minutes, up to 20 GB of memory)"
+    )
     args = parser.parse_args(argv)
     if not args.dir.is_dir():
         print(f"{args.dir}: no such folder; give one that holds weights.py, manifests/ and .npz files", file=sys.stderr)
         return 2
     cases = CASES + (FULL_CASES if args.full else ())
+    if args.full and not any((args.dir / f"{case.file}.npz").is_file() for case in FULL_CASES):
+        print(f"{args.dir} holds none of the full-size golden files (full/*.npz); leave out --full", file=sys.stderr)
+        return 2
     if not any((args.dir / f"{case.file}.npz").is_file() for case in cases):
         print(f"{args.dir} holds none of the golden files (dit_preview_tiny.npz, vae.npz, ...)", file=sys.stderr)
         return 2

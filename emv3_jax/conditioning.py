@@ -5,6 +5,7 @@ part (umT5, CLIP; pure JAX, so that training can differentiate through it). The 
 lies between the two, because training computes it beforehand and sampling computes it chunk by chunk.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -100,14 +101,15 @@ def face_tokens(box: tuple[float, float, float, float] | None, height: int, widt
       box: (y1, y2, x1, x2) in pixels of a height x width picture; None: everywhere.
       height, width: of the picture, multiples of 16.
     Returns:
-      [(height/16)·(width/16)] in {0, 1}: the box in token units, floored; both ends belong to it.
+      [(height/16)·(width/16)] in {0, 1}: every token that the box touches. (The released program floors both ends, and
+      so loses the lowest and rightmost tokens that a box reaches into.)
     """
     mask = np.zeros((height // 16, width // 16), np.float32)
     if box is None:
         mask[:] = 1.0
     else:
-        y1, y2, x1, x2 = (int(v // 16) for v in box)
-        mask[max(y1, 0) : y2 + 1, max(x1, 0) : x2 + 1] = 1.0
+        (top, left), (bottom, right) = ([int(box[k] // 16) for k in (0, 2)], [math.ceil(box[k] / 16) for k in (1, 3)])
+        mask[max(top, 0) : bottom, max(left, 0) : right] = 1.0
     return mask.reshape(-1)
 
 

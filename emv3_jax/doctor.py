@@ -11,6 +11,7 @@ import importlib.metadata
 import os
 import pathlib
 import platform
+import re
 import shutil
 import sys
 import tempfile
@@ -23,24 +24,13 @@ from emv3_jax import command_line
 from emv3_jax.errors import UserError
 
 GB = 1e9
-PACKAGES = (
-    "jax",
-    "jaxlib",
-    "flax",
-    "optax",
-    "orbax-checkpoint",
-    "numpy",
-    "av",
-    "soundfile",
-    "safetensors",
-    "transformers",
-)
+PACKAGE, INSTALL = "emv3_jax", "pip install -e . in the folder of this program"
 OPTIONAL = {"torch": "only needed to convert .pth files: pip install 'emv3_jax[torch]'"}
 ACCELERATORS = {  # what is there when the hardware is -> the extra that JAX needs to use it
     "/dev/nvidia0": ("an NVIDIA GPU", "gpu", "cuda"),
     "/dev/accel0": ("a TPU", "tpu", "tpu"),
-    "/dev/vfio/0": ("a TPU", "tpu", "tpu"),
 }
+CONTAINER_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 SOUND_FILES = {"WAV": ".wav", "FLAC": ".flac", "OGG": ".ogg", "MP3": ".mp3"}
 
 
@@ -59,15 +49,22 @@ class Line:
 def versions() -> Iterator[Line]:
     """Python and the libraries."""
     yield Line("ok", f"Python {platform.python_version()} on {platform.system()} {platform.machine()}")
+    try:
+        wanted = [
+            re.split(r"[^\w.-]", words)[0] for words in importlib.metadata.requires(PACKAGE) or [] if ";" not in words
+        ]
+    except importlib.metadata.PackageNotFoundError:
+        yield Line("NO", f"{PACKAGE} is not installed", INSTALL)
+        return
     found, missing = [], []
-    for name in PACKAGES:
+    for name in wanted:
         try:
             found.append(f"{name} {importlib.metadata.version(name)}")
         except importlib.metadata.PackageNotFoundError:
             missing.append(name)
     yield Line("ok", ", ".join(found))
     if missing:
-        yield Line("NO", f"{', '.join(missing)} not installed", "pip install -e .")
+        yield Line("NO", f"{', '.join(missing)} not installed", INSTALL)
     for name, advice in OPTIONAL.items():
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             yield Line("ok", f"{name} {importlib.metadata.version(name)}")
@@ -76,8 +73,12 @@ def versions() -> Iterator[Line]:
 
 
 def host_memory() -> float:
-    """GB of this machine's memory."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GB
+    """GB of memory that this process may use: the machine's, or its container's."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for path in CONTAINER_LIMITS:
+        with contextlib.suppress(OSError, ValueError):  # no such file, or the word "max"
+            limits.append(int(pathlib.Path(path).read_text()))
+    return min(limits) / GB
 
 
 def device_memory(device: Any) -> float:
@@ -114,7 +115,7 @@ def presets() -> Iterator[Line]:
         what = f"{preset.name}: {values / 1e6:,.0f} million weights"
         fits = [name for name, size in sizes.items() if size < 0.8 * memory]  # the rest is for what is computed
         if fits:
-            yield Line("ok", f"{what}, {sizes[fits[0]]:.2g} GB in {fits[0]}, fit here")
+            yield Line("ok", f"{what}, {sizes[fits[0]]:.2g} GB in {fits[0]}, fit here with room to compute")
         else:
             small = f"{sizes['bfloat16']:.1f} GB in bfloat16 do not fit into {memory:.1f} GB"
             yield Line("note", f"{what}, {small}", "use a machine with more memory")
@@ -167,28 +168,33 @@ def weights(folders: list[pathlib.Path]) -> Iterator[Line]:
     """The shipped weights, and for each folder of converted ones which models are complete."""
     from emv3_jax import checkpoint, conditioning
     from emv3_jax.config import DEMO, PRESETS
-    from emv3_jax.pipeline import CONVERTED, TOKENIZER, WEIGHTS, expected_params
+    from emv3_jax.pipeline import TOKENIZER, WEIGHTS, expected_params, locate
 
     yield _checked("demo, shipped", lambda: checkpoint.load_models(WEIGHTS / "demo", expected_params(DEMO)))
     for folder in folders:
-        found = [p for p in PRESETS.values() if (folder / CONVERTED["dit"].format(p.name)).is_dir()]
+        places = {preset: locate(folder, "dit", preset.name) for preset in PRESETS.values()}
+        # Files are of our own training, which is of the demo so far; converted weights are folders.
+        found = [p for p, place in places.items() if place.is_file() == (p is DEMO) and place.exists()]
         if not found:
-            advice = "put one there with python -m convert to-jax --to"
-            yield Line("NO", f"{folder} holds no converted transformer", advice)
+            advice = "put one there with train.py, or with python -m convert to-jax --to"
+            yield Line("NO", f"{folder} holds no transformer", advice)
         for preset in found:
             for role, like in expected_params(preset).items():
-                path = folder / CONVERTED[role].format(preset.name)
-                yield _checked(f"{preset.name}, {path.name}", functools.partial(_compare, path, like))
+                path = locate(folder, role, preset.name)
+                yield _checked(f"{preset.name}, {path}", functools.partial(_compare, path, like))
             tokenizer = functools.partial(conditioning.tokenizer, preset, folder / TOKENIZER)
             yield _checked(f"{preset.name}, {TOKENIZER}", tokenizer)
 
 
 def _compare(path: pathlib.Path, like: Any) -> None:
-    """Raises UserError where converted weights are not complete, or not of the model."""
+    """Raises UserError where weights are not complete, or not of the model."""
     from flax import traverse_util
 
-    from emv3_jax import converted
+    from emv3_jax import checkpoint, converted
 
+    if path.suffix == ".safetensors":
+        checkpoint.load_params(path, like)
+        return
     found = converted.shapes(path)
     wanted = {name: tuple(leaf.shape) for name, leaf in traverse_util.flatten_dict(dict(like), sep="/").items()}
     wrong = {
@@ -222,9 +228,14 @@ def main(arguments: list[str]) -> int:
     good = True
     for title, look in sections.items():
         print(title)
-        for line in look():
-            print(line, flush=True)
-            good &= line.level != "NO"
+        try:
+            for line in look():
+                print(line, flush=True)
+                good &= line.level != "NO"
+        except Exception as error:  # this is the program that must not die of what it looks for
+            reason = next(iter(str(error).splitlines()), "")[:150]
+            print(Line("NO", f"looking at it failed ({type(error).__name__}: {reason})", INSTALL))
+            good = False
     print("all is well" if good else "see the lines that say NO")
     return 0 if good else 1
 

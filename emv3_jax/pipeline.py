@@ -79,6 +79,7 @@ class Ready:
 
     image: np.ndarray  # [H, W, 3] uint8
     wave: np.ndarray  # [n] at 16 kHz, as long as the video
+    heard: np.ndarray  # [n] at 16 kHz, what the audio encoder is given: for a speech encoder the whole recording
     prompt: str
     frames: int
     seed: int
@@ -109,8 +110,12 @@ def fitted_size(height: int, width: int, preset: Preset) -> tuple[int, int]:
     """
     if not preset.keep_proportions:
         return preset.height, preset.width
-    scale = min(1.0, math.sqrt(preset.height * preset.width / (height * width)))
-    return max(16, int(height * scale) // 16 * 16), max(16, int(width * scale) // 16 * 16)
+    area = min(preset.height * preset.width, height * width)
+    # The largest multiple of 16 whose square is at most area·h/w, in whole numbers: nothing is lost to rounding.
+    fitted_height, fitted_width = (
+        16 * math.isqrt(area * a // (256 * b)) for a, b in ((height, width), (width, height))
+    )  # fmt: skip
+    return max(16, fitted_height), max(16, fitted_width)
 
 
 def read_request(request: Request, preset: Preset, words: Any = None) -> Ready:
@@ -143,7 +148,8 @@ def read_request(request: Request, preset: Preset, words: Any = None) -> Ready:
     if box is not None:
         box = fit_box(box, height, width, *image.shape[:2])
     if isinstance(request.audio, str | os.PathLike):
-        wave, more = media.load_audio(request.audio, RATE, (request.frames or preset.max_frames) / FPS)
+        limit = None if preset.speech else (request.frames or preset.max_frames) / FPS
+        wave, more = media.load_audio(request.audio, RATE, limit)
         notes += more
     else:
         wave, more = media.check_wave(request.audio)
@@ -159,8 +165,8 @@ def read_request(request: Request, preset: Preset, words: Any = None) -> Ready:
         )
     elif len(wave) < samples:
         notes.append(f"the sound lasts {len(wave) / RATE:.2f} s; silence was added up to {frames / FPS:.2f} s")
-    wave = np.pad(wave[:samples], (0, max(0, samples - len(wave)))).astype(np.float32)
-    return Ready(image, wave, request.prompt, frames, request.seed, box, tuple(notes))
+    whole, wave = wave, np.pad(wave[:samples], (0, max(0, samples - len(wave)))).astype(np.float32)
+    return Ready(image, wave, whole if preset.speech else wave, request.prompt, frames, request.seed, box, tuple(notes))
 
 
 def fit_box(box: tuple[float, float, float, float], height: int, width: int, to_height: int, to_width: int):
@@ -264,7 +270,14 @@ class Pipeline:
         """The front half: a batch of one, and its mask channels and masked latents [1, T, h, w, 4 + 16]."""
         image = ready.image.astype(np.float32) / 127.5 - 1.0
         row = conditioning.prepare(
-            self.preset, ready.prompt, image, ready.wave, ready.frames, ready.face, words=self.words, params=self.params
+            self.preset,
+            ready.prompt,
+            image,
+            ready.heard,
+            ready.frames,
+            ready.face,
+            words=self.words,
+            params=self.params,
         )
         video = np.broadcast_to(image, (1, ready.frames, *image.shape))
         mask = tasks.pixel_mask("i2v", ready.frames, *image.shape[:2])
@@ -337,13 +350,18 @@ def load_pipeline(name: str = "demo", weights: str | pathlib.Path | None = None)
             f"no weights at {folder}: convert the released ones (python -m convert to-jax), or name a folder"
         )
     words = conditioning.tokenizer(preset, folder / TOKENIZER)
-    params = {role: _load_model(folder, role, name, like) for role, like in expected_params(preset).items()}
+    params = {role: _load_model(locate(folder, role, name), like) for role, like in expected_params(preset).items()}
     return Pipeline(preset, params, words=words)
 
 
-def _load_model(folder: pathlib.Path, role: str, preset: str, like: Any) -> Any:
-    """One model's parameters on the default device: a file of our own training, or else converted weights."""
+def locate(folder: pathlib.Path, role: str, preset: str) -> pathlib.Path:
+    """Where a model's weights lie in a folder: in a file of our own training, or else in a folder of converted ones."""
     trained = folder / f"{role}.safetensors"
-    if trained.is_file() or preset == "demo":
-        return jax.tree.map(jnp.asarray, checkpoint.load_params(trained, like))
-    return converted.load_converted(folder / CONVERTED[role].format(preset), like)
+    return trained if preset == "demo" or trained.is_file() else folder / CONVERTED[role].format(preset)
+
+
+def _load_model(path: pathlib.Path, like: Any) -> Any:
+    """One model's parameters on the default device."""
+    if path.suffix == ".safetensors":
+        return jax.tree.map(jnp.asarray, checkpoint.load_params(path, like))
+    return converted.load_converted(path, like)

@@ -89,7 +89,7 @@ class WordTokenizer:
 class UMT5Tokenizer:
     """The SentencePiece tokenizer of umT5, from the folder `google/umt5-xxl` of the released weights (SPEC section 1).
 
-    folder: holds tokenizer.json or spiece.model, and tokenizer_config.json.
+    folder: holds tokenizer.json and tokenizer_config.json.
     length: tokens per prompt, the end mark included.
     Raises UserError where the folder holds no tokenizer.
     """

@@ -8,6 +8,7 @@ import pytest
 
 from emv3_jax import converted, doctor, media
 from emv3_jax.errors import UserError
+from emv3_jax.pipeline import WEIGHTS
 
 
 def test_this_machine_can_write_videos_and_read_sound():
@@ -26,11 +27,12 @@ def test_a_codec_that_fails_is_named_with_the_reason_and_the_others_are_still_tr
 
 
 def test_missing_packages_say_how_to_install_them(monkeypatch):
-    monkeypatch.setattr(doctor, "PACKAGES", ("jax", "no_such_package"))
+    needs = ["jax>=0.10,<0.13", "no_such_package", 'ruff>=0.14; extra == "dev"']
+    monkeypatch.setattr(doctor.importlib.metadata, "requires", lambda name: needs)
     monkeypatch.setattr(doctor, "OPTIONAL", {"nothing_of_this_name": "only for this test"})
     lines = [str(line) for line in doctor.versions()]
     assert f"  ok   jax {jax.__version__}" in lines
-    assert "  NO   no_such_package not installed: pip install -e ." in lines
+    assert "  NO   no_such_package not installed: pip install -e . in the folder of this program" in lines
     assert "  note nothing_of_this_name is not installed: only for this test" in lines
 
 
@@ -53,12 +55,41 @@ def test_presets_by_memory(monkeypatch, memory, said):
 def test_weights(monkeypatch, tmp_path, capsys):
     lines = [str(line) for line in doctor.weights([tmp_path])]
     assert lines[0] == "  ok   demo, shipped: complete"
-    assert "holds no converted transformer: put one there with python -m convert to-jax --to" in lines[1]
+    assert "holds no transformer: put one there with train.py, or with python -m convert to-jax --to" in lines[1]
     (tmp_path / "dit-flash").mkdir()
     lines = [str(line) for line in doctor.weights([tmp_path])][1:]
     assert len(lines) == 6 and all(line.startswith("  NO   flash, ") for line in lines)
     assert sum("umt5: no converted weights at" in line for line in lines) == 1
     assert "holds no conversion.json" in lines[0] and "tokenizer: " in lines[-1]
+
+
+def test_weights_of_our_own_training(tmp_path):
+    lines = [str(line) for line in doctor.weights([WEIGHTS / "demo"])]
+    assert len(lines) == 6 and all(line.startswith("  ok ") for line in lines)
+
+
+def test_a_container_has_less_memory_than_its_machine(monkeypatch, tmp_path):
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(doctor, "CONTAINER_LIMITS", (str(limit), str(tmp_path / "absent")))
+    whole = doctor.host_memory()
+    limit.write_text("max\n")
+    assert doctor.host_memory() == whole
+    limit.write_text("2000000000\n")
+    assert doctor.host_memory() == 2.0
+
+
+def test_a_section_that_fails_does_not_end_the_others(monkeypatch, capsys):
+    def broken():
+        raise AssertionError("no cuda here\nmore")
+        yield
+
+    for name in ("versions", "presets", "codecs"):
+        monkeypatch.setattr(doctor, name, lambda: [doctor.Line("ok", "seen")])
+    monkeypatch.setattr(doctor, "devices", broken)
+    monkeypatch.setattr(doctor, "weights", lambda folders: [])
+    assert doctor.main([]) == 1
+    out = capsys.readouterr().out
+    assert "NO   looking at it failed (AssertionError: no cuda here)" in out and out.count("seen") == 3
 
 
 def test_weights_of_another_model_are_noticed(monkeypatch):

@@ -21,6 +21,7 @@ from emv3_jax.models.vae import WanVAE
 from emv3_jax.puppets import clips, renderer, world
 
 SHARD = 64
+ENCODER = ("encoder", "to_moments")
 TASK_SHARES = {"i2v": 0.76, "t2v": 0.08, "flf2v": 0.08, "lipsync": 0.08}
 
 
@@ -93,14 +94,15 @@ def _digest(preset: Preset, vae_params: Any) -> str:
     video = np.asarray(clip.render(preset.height))
     example = describe(clip, "i2v", preset, video, whole_face=False)
     masks = [task_mask(task, clip, preset.height, preset.width) for task in TASK_SHARES]
-    leaves = jax.tree.leaves([vae_params, vars(example), masks, video, list(TASK_SHARES.values())])
+    encoder = {name: vae_params[name] for name in ENCODER}  # latents do not depend on the rest
+    leaves = jax.tree.leaves([encoder, vars(example), masks, video, list(TASK_SHARES.values())])
     return hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in leaves)).hexdigest()[:12]
 
 
 def load(folder: pathlib.Path, preset: Preset, vae_params: Any, split: str, count: int, frames: int) -> dict:
     """Arrays with a leading axis of `count` clips; shards that `folder` lacks are extracted first, with progress.
 
-    Floats are float16 on disk and in memory. The folder's name follows from the VAE's weights and from what a short
+    Floats are float16 on disk and in memory. The folder's name follows from the VAE's encoder and from what a short
     clip looks and sounds like, so a change of either makes new shards.
     """
     folder = folder / f"{split}_{frames}_{_digest(preset, vae_params)}"

@@ -170,10 +170,12 @@ class DiT(nn.Module):
     def context(self, cond: Conditions) -> Context:
         """Embeds the conditions and computes every layer's keys and values. Raises ValueError on a wrong shape."""
         _check_conditions(self.cfg, cond)
+        segments = self.audio_tokens.segments(
+            cond.audio.shape[1], cond.given.shape[1]
+        )  # refuses audio that does not fit
         text, image, audio = (
             self.text_embedding(cond.text), self.image_embedding(cond.image), self.audio_tokens(cond.audio)
         )  # fmt: skip
-        segments = self.audio_tokens.segments(cond.audio.shape[1], cond.given.shape[1])
         _, kv = self.cross_kv(None, text, image, audio, segments)
         return Context(given=cond.given, kv=kv, audio_gain=cond.face_mask * cond.audio_scale[:, None])
 
