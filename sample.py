@@ -57,7 +57,9 @@ def main(arguments: list[str]) -> int:
     command_line.setup_compile_cache()
     request = demo.fill(options.image, options.audio, options.prompt, face, options.seed, cfg)
     sampling = pipeline.SamplingOptions(**cfg.sampling)
-    ready = pipeline.read_request(request, demo.preset(cfg))
+    preset = demo.preset(cfg)
+    words = pipeline.load_tokenizer(preset.name, cfg.weights or None)
+    ready = pipeline.read_request(request, preset, words)
     for note in ready.notes:
         print(f"note: {note}")
     demo.render(ready, sampling, cfg, out, sheet)

@@ -62,7 +62,8 @@ def fill(image: str | None, audio: str | None, prompt: str | None, face: Any, se
 def render(ready: Ready, sampling: SamplingOptions, cfg: Any, out: pathlib.Path, sheet: pathlib.Path | None) -> None:
     """Samples, decodes and writes; says what it does and how long it took."""
     started = time.monotonic()
-    print(f"note: {PUPPETS_ONLY}")
+    if cfg.preset == "demo":
+        print(f"note: {PUPPETS_ONLY}")
     pipe = load_pipeline(cfg.preset, cfg.weights or None)
     frames = []
     with tqdm(total=sampling.steps, desc="sampling", unit="step") as bar:

@@ -122,7 +122,7 @@ def read_request(request: Request, preset: Preset, words: Any = None) -> Ready:
     """Reads the files of a request and fits them to a preset; needs no model.
 
     Args:
-      words: the tokenizer; default: the preset's own.
+      words: the tokenizer (`load_tokenizer`); default: the preset's own, where it has a vocabulary.
     Raises:
       UserError: an empty prompt, too many words, or a file that cannot be used.
     """
@@ -345,13 +345,23 @@ def load_pipeline(name: str = "demo", weights: str | pathlib.Path | None = None)
     if name not in PRESETS:
         raise UserError(f"there is no preset {name!r}: one of {', '.join(sorted(PRESETS))}")
     preset, folder = PRESETS[name], pathlib.Path(weights or WEIGHTS / name)
+    words = load_tokenizer(name, weights)
+    params = {role: _load_model(locate(folder, role, name), like) for role, like in expected_params(preset).items()}
+    return Pipeline(preset, params, words=words)
+
+
+def load_tokenizer(name: str, weights: str | pathlib.Path | None = None) -> Any:
+    """The tokenizer of a preset, which reads prompts before any weights are read; arguments as of `load_pipeline`.
+
+    Raises:
+      UserError: no weights there, or no tokenizer with them.
+    """
+    preset, folder = PRESETS[name], pathlib.Path(weights or WEIGHTS / name)
     if not folder.is_dir():
         raise UserError(
             f"no weights at {folder}: convert the released ones (python -m convert to-jax), or name a folder"
         )
-    words = conditioning.tokenizer(preset, folder / TOKENIZER)
-    params = {role: _load_model(locate(folder, role, name), like) for role, like in expected_params(preset).items()}
-    return Pipeline(preset, params, words=words)
+    return conditioning.tokenizer(preset, folder / TOKENIZER)
 
 
 def locate(folder: pathlib.Path, role: str, preset: str) -> pathlib.Path:

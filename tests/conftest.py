@@ -45,6 +45,12 @@ def quick_compile():
 
 
 @pytest.fixture(scope="session")
+def make_params():
+    """`random_params`, for presets that a test makes itself."""
+    return random_params
+
+
+@pytest.fixture(scope="session")
 def tiny() -> config.Preset:
     return TINY
 

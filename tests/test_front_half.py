@@ -6,10 +6,9 @@ import jax
 import numpy as np
 import pytest
 import soundfile
-from conftest import TINY, random_params
 from PIL import Image
 
-from emv3_jax import conditioning, config
+from emv3_jax import audio_preprocessing, conditioning, config, media
 from emv3_jax.errors import UserError
 from emv3_jax.pipeline import Pipeline, Request, expected_params, fitted_size, load_pipeline, read_request
 from emv3_jax.tokenizers import UMT5Tokenizer
@@ -19,11 +18,15 @@ SPEECH = config.Wav2Vec2Config(
 )  # fmt: skip
 WINDOWS = config.AudioWindowConfig(layers=3, hidden=8, tokens=5)
 PREVIEW = dataclasses.replace(
-    TINY,
+    config.DEMO,
     name="preview",
+    vae=dataclasses.replace(config.DEMO.vae, width=4),
+    dit=dataclasses.replace(config.DEMO.dit, width=32, heads=2, layers=2, ffn=48, time_features=16, audio_width=16),
+    text=dataclasses.replace(config.DEMO.text, layers=1, ffn=32),
+    image=dataclasses.replace(config.DEMO.image, layers=2),
     height=48,
     width=48,
-    dit=dataclasses.replace(TINY.dit, audio_width=16),
+    max_frames=13,
     audio="wav2vec2",
     speech=SPEECH,
     vocabulary=(),
@@ -60,8 +63,8 @@ def folder(tmp_path_factory):
     return folder
 
 
-def make(preset: config.Preset, folder) -> Pipeline:
-    return Pipeline(preset, random_params(expected_params(preset)), words=UMT5Tokenizer(folder / "tokenizer", 24))
+def make(preset: config.Preset, folder, make_params) -> Pipeline:
+    return Pipeline(preset, make_params(expected_params(preset)), words=UMT5Tokenizer(folder / "tokenizer", 24))
 
 
 def request(folder, **changes) -> Request:
@@ -70,8 +73,8 @@ def request(folder, **changes) -> Request:
 
 
 @pytest.fixture(scope="module")
-def preview(folder) -> Pipeline:
-    return make(PREVIEW, folder)
+def preview(folder, make_params) -> Pipeline:
+    return make(PREVIEW, folder, make_params)
 
 
 def test_pictures_keep_their_proportions_within_the_area():
@@ -79,6 +82,7 @@ def test_pictures_keep_their_proportions_within_the_area():
     assert fitted_size(500, 333, config.PREVIEW) == (496, 320)  # never enlarged
     assert fitted_size(10000, 20, config.PREVIEW) == (10000, 16)
     assert fitted_size(1280, 720, config.DEMO) == (64, 64)
+    assert {fitted_size(side, side, config.PREVIEW) for side in range(768, 10001)} == {(768, 768)}
 
 
 def test_preview_from_files_to_conditions(preview, folder):
@@ -95,8 +99,16 @@ def test_preview_from_files_to_conditions(preview, folder):
     assert cond.image.shape == (1, 17, 64)
 
 
-def test_flash_hears_windows_has_no_face_mask_and_says_so(folder):
-    flash = make(FLASH, folder)
+def test_a_speech_encoder_hears_the_whole_recording_not_what_the_video_keeps_of_it(preview, folder):
+    ready = read_request(request(folder), PREVIEW, preview.words)
+    whole, _ = media.load_audio(folder / "speech.wav", config.RATE)
+    assert len(ready.wave) == FRAMES * 640 < len(whole)
+    want = audio_preprocessing.preview_features(SPEECH, preview.params["speech"], whole, FRAMES)
+    np.testing.assert_array_equal(preview.prepare(ready)[0].audio[0], want)
+
+
+def test_flash_hears_windows_has_no_face_mask_and_says_so(folder, make_params):
+    flash = make(FLASH, folder, make_params)
     ready = read_request(request(folder, face=(0, 45, 0, 60)), FLASH, flash.words)
     assert any("the face box is not used" in note for note in ready.notes)
     prepared, given = flash.prepare(ready)

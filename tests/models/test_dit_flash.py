@@ -75,6 +75,16 @@ def test_each_video_frame_is_heard_by_its_own_latent_frame(params):
 def test_sound_of_another_length_is_refused():
     with pytest.raises(ValueError, match="audio of 12 video frames does not fit 4 latent frames"):
         AudioWindows(CFG, parent=None).segments(12, 4)
+    cond = Conditions(
+        given=np.zeros((1, 4, 8, 6, 20)),
+        text=np.zeros((1, 12, 24)),
+        image=np.zeros((1, 257, 20)),
+        audio=np.zeros((1, 12, 5, 3, 8)),
+        face_mask=np.ones((1, 12)),
+        audio_scale=np.ones(1),
+    )
+    with pytest.raises(ValueError, match="audio of 12 video frames does not fit 4 latent frames"):
+        jax.eval_shape(DiT(CFG).init, jax.random.key(0), np.zeros((1, 4, 8, 6, 16)), np.zeros(1), cond)
     table = AudioWindows(CFG, parent=None).segments(13, 4)
     np.testing.assert_array_equal(table, np.arange(20).reshape(4, 5))
 
