@@ -5,7 +5,7 @@
     python -m convert to-jax tuned.safetensors --base wan.safetensors --model dit-preview --to OUT
     python -m convert to-torch OUT --to DIR                               every model in OUT: DIR/<model>.safetensors
     python -m convert to-torch OUT/vae --to vae.safetensors
-    python -m convert inspect FILE
+    python -m convert inspect FILE                                        exit code 1 where it does not fit
 
 Checkpoints may be .safetensors, sets of them with an index, or PyTorch pickles (which need torch). Converted weights
 are Orbax folders, or one .safetensors file where OUT ends so. A file that does not fit its model key by key is refused
@@ -14,6 +14,7 @@ before anything is written: exit code 2, one line that says so, then the keys. O
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -23,8 +24,10 @@ from convert.jobs import DTYPES, ToJax
 from convert.registry import MODELS, NAMINGS
 from convert.report import describe
 from convert.writers import check_space, claim
+from emv3_jax.command_line import Parser, run_main
 from emv3_jax.converted import RECORD
 from emv3_jax.errors import UserError
+from emv3_jax.files import reason
 
 
 def to_jax(args: argparse.Namespace) -> None:
@@ -47,7 +50,7 @@ def convert_released(args: argparse.Namespace) -> None:
         raise UserError("--from needs --variant preview or --variant flash")
     if args.model or args.set:
         raise UserError("--model and --set are for single files")
-    out = args.to or args.output
+    out = args.to
     if out is None or out.suffix == ".safetensors":
         raise UserError("--from needs --to FOLDER")
     found = released.find(args.root, args.variant)
@@ -59,20 +62,26 @@ def convert_released(args: argparse.Namespace) -> None:
         print(f"not used  {line}")
     if found.missing:
         raise UserError(f"{args.root} lacks {len(found.missing)} parts: {'; '.join(found.missing)}")
-    planned, problems = [], []
+    planned: list[ToJax] = []
+    refused: list[UserError] = []
     for name, path in found.parts.items():
         if name != released.TOKENIZER:
             try:
                 base = args.base if name.startswith("dit-") else None
                 planned.append(jobs.plan_to_jax(path, name, (), args.dtype, base))
             except UserError as error:
-                problems.append(str(error))
-    if problems:
-        raise UserError("\n".join(problems))
+                refused.append(error)
+    if len(refused) == 1:
+        raise refused[0]
+    if refused:
+        lines = [line for error in refused for line in (error.message, *error.details)]
+        raise UserError(f"{len(refused)} parts of {args.root} cannot be used:", lines)
+    outs = {job.match.model.name: out / job.match.model.name for job in planned}
     with claim(out):
-        check_space(out, max(sum(spec.nbytes for spec in job.header.values()) for job in planned))
+        new = [job for job in planned if not outs[job.match.model.name].exists()]
+        check_space(out, sum(spec.nbytes for job in new for spec in job.header.values()))
         for job in planned:
-            _convert(job, out / job.match.model.name, args.overwrite)
+            _convert(job, outs[job.match.model.name], args.overwrite)
         tokenizer = out / released.TOKENIZER
         copied = jobs.copy_folder(found.parts[released.TOKENIZER], tokenizer, args.overwrite)
         print(f"{tokenizer}: {'copied' if copied else 'unchanged'}")
@@ -92,7 +101,7 @@ def to_torch(args: argparse.Namespace) -> None:
     """One model, or every model in a folder."""
     check_output(args)
     if args.source.is_dir() and not (args.source / RECORD).is_file():
-        sources = sorted(path.parent for path in args.source.glob(f"*/{RECORD}") if path.parent.name[0] != ".")
+        sources = jobs.converted_models(args.source)
         if not sources:
             raise UserError(f"{args.source} holds no converted weights: give the folder that to-jax wrote")
     else:
@@ -107,8 +116,8 @@ def to_torch(args: argparse.Namespace) -> None:
         raise UserError(f"{outs[0]} cannot hold {len(outs)} models: give a folder")
     with claim(outs[0].parent):
         for job, out in zip(planned, outs, strict=True):
-            for reason in dict.fromkeys(job.left_out):
-                print(f"{job.model.name}: not written, as the model does not hold it: {reason} (--base FILE copies it)")
+            for note in job.notes():
+                print(f"{job.model.name}: {note}")
             jobs.run_to_torch(job, out, args.overwrite)
             print(f"{out}: {len(job.header)} tensors", flush=True)
 
@@ -128,16 +137,16 @@ def output(args: argparse.Namespace, name: str) -> Path:
     return out if out.suffix == ".safetensors" else out / name
 
 
-def inspect(args: argparse.Namespace) -> None:
-    """Prints what a file is."""
-    print("\n".join(describe(args.source, args.keys)))
+def inspect(args: argparse.Namespace) -> int:
+    """Prints what a file is; returns 1 where it is no model that this program knows, or does not fit it."""
+    lines, fits = describe(args.source, args.keys)
+    print("\n".join(lines))
+    return 0 if fits else 1
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line's grammar."""
-    top = argparse.ArgumentParser(
-        prog="python -m convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    top = Parser(prog="python -m convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = top.add_subparsers(dest="command", required=True)
     inward = commands.add_parser("to-jax", help="PyTorch checkpoints -> JAX")
     inward.add_argument(
@@ -168,17 +177,16 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Command line; returns the exit code."""
-    args = parser().parse_args(argv)
+def main(arguments: Sequence[str]) -> int | None:
+    """One command; returns the exit code, None for 0. Raises UserError."""
+    args = parser().parse_args(arguments)
     try:
-        args.run(args)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+        return args.run(args)
+    except OSError as error:  # of a folder that cannot be entered, a link that leads to itself, and the like
+        where = f"{error.filename}: " if error.filename else ""
+        raise UserError(f"{where}{reason(error)}") from error
 
 
 if __name__ == "__main__":
     jax.config.update("jax_platforms", "cpu")  # shapes and files only: leave accelerators to whoever computes
-    sys.exit(main())
+    sys.exit(run_main(main))

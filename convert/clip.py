@@ -1,21 +1,15 @@
 """CLIP vision tower: `visual.*` of the released CLIP file <-> `emv3_jax.models.clip.CLIPVision`."""
 
 import re
-from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
 
-from convert.engine import Ignore, Rule, Table, linear_rules, norm_rules
+from convert.rules import Ignore, Rule, Table, linear_rules, norm_rules
 from emv3_jax.config import CLIPConfig
 from emv3_jax.models.clip import CLIPVision
 
-RELEASED_PREFIX = "visual."
-
-
-def find_prefix(keys: Iterable[str]) -> str:
-    """`visual.` where the file holds both towers under their names, as the released one does; otherwise nothing."""
-    return RELEASED_PREFIX if any(key.startswith(RELEASED_PREFIX) for key in keys) else ""
+RELEASED_PREFIX = "visual."  # the released file holds both towers under their names
 
 
 def table(cfg: CLIPConfig, prefix: str = "") -> Table:

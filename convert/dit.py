@@ -2,7 +2,7 @@
 
 import jax
 
-from convert.engine import Rule, Table, conv_rules, linear_rules, norm_rules
+from convert.rules import Rule, Table, conv_rules, linear_rules, norm_rules
 from emv3_jax.config import DiTConfig
 from emv3_jax.models.dit import DiT, zero_inputs
 

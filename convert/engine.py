@@ -16,25 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from convert.rules import (
-    TRANSFORMS,
-    CompiledRule,
-    Ignore,
-    Rule,
-    Table,
-    Transform,
-    conv_rules,
-    linear_rules,
-    norm_rules,
-)
+from convert.rules import CompiledRule, Table
 from convert.sources import SafetensorsFile, Spec
 from emv3_jax.errors import UserError
-
-__all__ = [
-    "TRANSFORMS", "Checkpoint", "ConversionError", "Ignore", "Leaf", "Plan", "Rule", "Spec", "Table", "TorchTensor",
-    "Transform", "conv_rules", "linear_rules", "norm_rules", "parameter_shapes", "plan_to_jax", "plan_to_torch",
-    "read_safetensors", "specs", "to_jax", "to_torch",
-]  # fmt: skip
 
 
 class ConversionError(UserError):
@@ -44,9 +28,10 @@ class ConversionError(UserError):
         self.source_name = source_name
         self.problems = tuple(problems)
         count = len(self.problems)
-        lines = "".join(f"\n  {line}" for line in self.problems)
-        lines += f"\n{hint}" if hint else ""
-        super().__init__(f"{source_name}: {count} {'key does' if count == 1 else 'keys do'} not fit the model:{lines}")
+        super().__init__(
+            f"{source_name}: {count} {'key does' if count == 1 else 'keys do'} not fit the model:",
+            (*(f"  {line}" for line in self.problems), *([hint] if hint else [])),
+        )
 
 
 def specs(tensors: Mapping[str, Any]) -> dict[str, Spec]:

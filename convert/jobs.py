@@ -58,6 +58,11 @@ def open_converted(path: Path) -> ConvertedFolder | ConvertedFile:
     return ConvertedFile(path) if path.suffix == ".safetensors" else ConvertedFolder(path)
 
 
+def converted_models(folder: Path) -> list[Path]:
+    """The folders of converted weights in a folder."""
+    return sorted(path.parent for path in folder.glob(f"*/{RECORD}") if path.parent.name[0] != ".")
+
+
 @contextlib.contextmanager
 def progress(what: str, total: int) -> Iterator[OnBytes]:
     """A bar of bytes on a terminal; silent elsewhere."""
@@ -69,6 +74,15 @@ def groups(keys: Iterable[str]) -> str:
     """A short account of many keys: `blocks.*.self_attn (240), head (3)`."""
     counts = Counter(".".join("*" if part.isdigit() else part for part in key.split(".")[:-1][:3]) for key in keys)
     return ", ".join(f"{group or '(top)'} ({count})" for group, count in counts.items())
+
+
+def rounding(types: Iterable[tuple[np.dtype, np.dtype]]) -> list[str]:
+    """Lines that say so where values of one type are written as another that does not hold all of them."""
+    rounded = {(str(old), str(new)) for old, new in set(types) if jnp.promote_types(old, new) != new}
+    return [
+        f"values are rounded from {', '.join(sorted(old for old, to in rounded if to == new))} to {new}"
+        for new in sorted({new for _, new in rounded})
+    ]
 
 
 def best_match(header: Mapping[str, Spec], model: str, naming: str | None = None) -> Match:
@@ -98,29 +112,29 @@ class ToJax:
         """What a user should know: tensors left out, what stays of the base, rounding."""
         lines = []
         top, *below = self.checkpoints
-        for ignore in top.table.ignored:
-            keys = [key for key in self.plan.ignored[top.name] if re.fullmatch(ignore.pattern, key)]
-            if keys:
-                lines.append(f"{len(keys)} tensors left out: {groups(keys)} ({ignore.reason})")
+        for checkpoint in self.checkpoints:
+            whose = "" if checkpoint is top else f"of the base {checkpoint.name} "
+            for ignore in checkpoint.table.ignored:
+                keys = [key for key in self.plan.ignored[checkpoint.name] if re.fullmatch(ignore.pattern, key)]
+                if keys:
+                    lines.append(f"{len(keys)} tensors {whose}left out: {groups(keys)} ({ignore.reason})")
         for base in below:
             kept, replaced = self.plan.kept(base), self.plan.replaced[base.name]
             lines.append(f"{len(kept)} tensors stay from the base {base.name}: {groups(kept) or 'none'}")
             lines.append(f"{len(replaced)} of its tensors are replaced: {groups(replaced) or 'none'}")
-        pieces = (piece for leaf in self.plan.leaves for layer in leaf.layers.values() for piece in layer)
-        given = {piece.checkpoint.header[piece.key].dtype for piece in pieces}
-        (wanted, *others) = {leaf.spec.dtype for leaf in self.plan.leaves}
-        rounded = sorted(str(dtype) for dtype in given if jnp.promote_types(dtype, wanted) != wanted)
-        if rounded and not others:
-            lines.append(f"values are rounded from {', '.join(rounded)} to {wanted}")
-        return lines
+        return lines + rounding(
+            (piece.checkpoint.header[piece.key].dtype, leaf.spec.dtype)
+            for leaf in self.plan.leaves
+            for layer in leaf.layers.values()
+            for piece in layer
+        )
 
     def record(self) -> Record:
         """The record, without the files that are not written yet. Reads every source once, for its SHA-256."""
         files = list(dict.fromkeys(path for source in self.sources for path in source.files))
-        with progress(f"{self.match.model.name}: SHA-256", sum(path.stat().st_size for path in files)) as on_bytes:
-            sources = tuple(
-                {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256(path, on_bytes)} for path in files
-            )
+        sources = tuple(
+            {"file": path.name, **described} for path, described in zip(files, _described(files), strict=True)
+        )
         dtypes = sorted({str(spec.dtype) for spec in self.header.values()})
         values = sum(spec.size for spec in self.header.values())
         config = json.loads(json.dumps(dataclasses.asdict(self.cfg)))  # tuples become lists, as when read again
@@ -196,6 +210,13 @@ def differences(cfg: Any, other: Any, prefix: str = "") -> list[str]:
     return lines
 
 
+def _described(files: Sequence[Path]) -> list[dict[str, Any]]:
+    """Bytes and sha256 of files, all of which are read."""
+    sizes = [path.stat().st_size for path in files]
+    with progress("SHA-256", sum(sizes)) as on_bytes:
+        return [{"bytes": size, "sha256": sha256(path, on_bytes)} for path, size in zip(files, sizes, strict=True)]
+
+
 def run_to_jax(job: ToJax, final: Path, overwrite: bool = False) -> bool:
     """Writes converted weights: an Orbax folder, or one file where `final` ends in .safetensors.
 
@@ -224,55 +245,77 @@ def run_to_jax(job: ToJax, final: Path, overwrite: bool = False) -> bool:
         else:
             write_orbax(partial, job.plan.leaves, on_bytes)
             files = sorted(path for path in partial.rglob("*") if path.is_file())
-            sizes = {str(path.relative_to(partial)): path.stat().st_size for path in files}
-            dataclasses.replace(record, files=sizes).write(partial)
+            written = dict(zip((str(path.relative_to(partial)) for path in files), _described(files), strict=True))
+            dataclasses.replace(record, files=written).write(partial)
     return True
 
 
 @dataclasses.dataclass(frozen=True)
 class ToTorch:
-    """One model on its way out. `extra`: tensors that the model does not hold, copied from the original file."""
+    """One model on its way out.
+
+    original, extra: tensors that the model does not hold, as they are written, and the file they are copied from.
+    left_out: why the released file has more keys, where it has.
+    """
 
     model: Model
     source: Source
     plan: Mapping[str, list[TorchTensor]]
     original: Source | None
-    extra: tuple[str, ...]
-    left_out: tuple[str, ...]  # why the released file has more keys, where it has
+    extra: Mapping[str, Spec]
+    left_out: tuple[str, ...]
 
     @property
     def header(self) -> dict[str, Spec]:
         """Shape and type of every tensor, the widest types first, in the order in which they are written."""
-        specs = {tensor.key: tensor.spec for tensors in self._by_width() for tensor in tensors[1]}
-        return specs | self._extra_by_width()
+        specs: dict[str, Spec] = {}
+        for parameters, extra in self._by_width():
+            specs |= {tensor.key: tensor.spec for path in parameters for tensor in self.plan[path]}
+            specs |= {key: self.extra[key] for key in extra}
+        return specs
 
     def tensors(self) -> Iterator[np.ndarray]:
         """Values in the order of the header; some small parameters or one large one are in memory at a time."""
-        batch: list[tuple[str, list[TorchTensor]]] = []
-        size = 0
-        for path, tensors in self._by_width():
-            nbytes = self.source.header[path].nbytes
-            if batch and size + nbytes > BATCH_BYTES:
-                yield from self._values(batch)
-                batch, size = [], 0
-            batch.append((path, tensors))
-            size += nbytes
-        yield from self._values(batch)
+        for parameters, extra in self._by_width():
+            batch: list[str] = []
+            size = 0
+            for path in parameters:
+                nbytes = self.source.header[path].nbytes
+                if batch and size + nbytes > BATCH_BYTES:
+                    yield from self._values(batch)
+                    batch, size = [], 0
+                batch.append(path)
+                size += nbytes
+            yield from self._values(batch)
+            if self.original is not None:
+                yield from (np.asarray(self.original.read(key), self.extra[key].dtype, order="C") for key in extra)
+
+    def notes(self) -> list[str]:
+        """What a user should know: tensors that are not written, rounding."""
+        lines = [
+            f"not written, as the model does not hold it: {reason} (--base FILE copies it)"
+            for reason in dict.fromkeys(self.left_out)
+        ]
+        types = [(self.source.header[path].dtype, tensors[0].spec.dtype) for path, tensors in self.plan.items()]
         if self.original is not None:
-            yield from (self.original.read(key) for key in self._extra_by_width())
+            types += [(self.original.header[key].dtype, spec.dtype) for key, spec in self.extra.items()]
+        return lines + rounding(types)
 
-    def _values(self, batch: list[tuple[str, list[TorchTensor]]]) -> Iterator[np.ndarray]:
-        leaves = self.source.read_many([path for path, _ in batch])
-        for path, tensors in batch:
+    def _values(self, paths: list[str]) -> Iterator[np.ndarray]:
+        leaves = self.source.read_many(paths) if paths else {}
+        for path in paths:
             leaf = leaves.pop(path)
-            yield from (tensor.of(leaf) for tensor in tensors)
+            yield from (tensor.of(leaf) for tensor in self.plan[path])
 
-    def _extra_by_width(self) -> dict[str, Spec]:
-        extra = {key: self.original.header[key] for key in self.extra} if self.original else {}
-        return dict(sorted(extra.items(), key=lambda item: -item[1].dtype.itemsize))
-
-    def _by_width(self) -> list[tuple[str, list[TorchTensor]]]:
-        return sorted(self.plan.items(), key=lambda item: -item[1][0].spec.dtype.itemsize)
+    def _by_width(self) -> list[tuple[list[str], list[str]]]:
+        """(parameters, extra tensors) of each width of a value, the widest first."""
+        parameters = {path: tensors[0].spec.dtype.itemsize for path, tensors in self.plan.items()}
+        extra = {key: spec.dtype.itemsize for key, spec in self.extra.items()}
+        return [
+            ([path for path, size in parameters.items() if size == width],
+             [key for key, size in extra.items() if size == width])
+            for width in sorted({*parameters.values(), *extra.values()}, reverse=True)
+        ]  # fmt: skip
 
 
 def plan_to_torch(
@@ -289,7 +332,7 @@ def plan_to_torch(
       path: weights that `to-jax` wrote.
       model, settings: only for files without a record.
       naming: of the torch keys.
-      dtype: of all tensors; None keeps that of the parameters.
+      dtype: of all tensors of floating numbers; None keeps that of the parameters, and of what is copied.
       original: a file of the same model and naming, for the tensors that the model here does not hold.
     Raises:
       UserError: see `plan_to_jax`.
@@ -306,14 +349,21 @@ def plan_to_torch(
     cfg = config_from(MODELS[name].cfg, record.config) if record else MODELS[name].cfg
     cfg = configured(cfg, settings)
     family = MODELS[name].naming(naming)
-    table = family.table(cfg, record.form if record and record.naming == naming else None)
+    wanted = None if dtype is None else np.dtype(dtype)
     tree = MODELS[name].tree(cfg)
-    plan = engine.plan_to_torch(table, source.header, tree, str(path), None if dtype is None else np.dtype(dtype))
     if original is None:
-        return ToTorch(MODELS[name], source, plan, None, (), tuple(ignore.reason for ignore in table.ignored))
+        table = family.table(cfg, record.form if record and record.naming == naming else None)
+        plan = engine.plan_to_torch(table, source.header, tree, str(path), wanted)
+        return ToTorch(MODELS[name], source, plan, None, {}, tuple(ignore.reason for ignore in table.ignored))
     under = open_source(original)
-    checkpoint = Checkpoint(str(original), table, tree, under.header, under.read)
-    extra = tuple(key for keys in engine.plan_to_jax([checkpoint]).ignored.values() for key in keys)
+    match = best_match(under.header, name, naming)  # its form, which need not be that of the sources
+    under = family.prepare(under)
+    plan = engine.plan_to_torch(match.table(cfg), source.header, tree, str(path), wanted)
+    checked = engine.plan_to_jax([_checkpoint(under, match, cfg)])
+    extra = {key: under.header[key] for keys in checked.ignored.values() for key in keys}
+    extra = {
+        key: spec.cast(wanted) if jnp.issubdtype(spec.dtype, jnp.floating) else spec for key, spec in extra.items()
+    }
     return ToTorch(MODELS[name], source, plan, under, extra, ())
 
 

@@ -9,7 +9,7 @@ models without an image (T2V), with positions for two images (FLF2V), with fused
 Neither table leaves a key out, so both run both ways without loss.
 """
 
-from convert.engine import Rule, Table, conv_rules, linear_rules, norm_rules
+from convert.rules import Rule, Table, conv_rules, linear_rules, norm_rules
 from emv3_jax.config import DiTConfig, VAEConfig
 
 _BLOCK = r"blocks\.(?P<layer>\d+)"

@@ -13,7 +13,7 @@ offered: it needs the layers left out, from the file that the model came from.
 
 import re
 
-from convert.engine import Ignore, Rule, Table, linear_rules, norm_rules
+from convert.rules import Ignore, Rule, Table, linear_rules, norm_rules
 from emv3_jax.config import CLIPConfig, UMT5Config
 
 EMBEDDING = "shared.weight"

@@ -8,7 +8,8 @@ from typing import Any
 from flax import traverse_util
 
 from convert import clip, dit, names_diffusers, names_huggingface, umt5, vae, wav2vec2
-from convert.engine import Table, parameter_shapes
+from convert.engine import parameter_shapes
+from convert.rules import Table
 from convert.sources import Source, Spec, TiedTensors
 from emv3_jax.config import DIT_FLASH, DIT_PREVIEW, CLIPConfig, DiTConfig, UMT5Config, VAEConfig, Wav2Vec2Config
 from emv3_jax.errors import UserError

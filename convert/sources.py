@@ -6,6 +6,7 @@
 
 import abc
 import dataclasses
+import hashlib
 import json
 import math
 import pickle
@@ -183,6 +184,11 @@ class ShardedFiles(Source):
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is not an index of shards ({error}); fetch or save it again") from error
         names = sorted(set(where.values()))
+        endings = (".safetensors", *PICKLES)
+        if odd := [name for name in names if re.search(r"[/\\]", name) or not name.lower().endswith(endings)]:
+            raise UserError(
+                f"{path} names {', '.join(odd[:8])}: shards must lie beside it, and end in {', '.join(endings)}"
+            )
         if gone := [name for name in names if not (path.parent / name).is_file()]:
             raise UserError(
                 f"{path}: {len(gone)} of {len(names)} shards missing: {', '.join(gone)}; put them beside it"
@@ -309,23 +315,20 @@ class TiedTensors(Source):
         if self._stored in source.header:
             self.header[key] = source.header[self._stored]
         if key in source.header and other in source.header:
-            a, b = source.header[key], source.header[other]
-            if a != b or not _equal(source.read(key), source.read(other)):
+            same = source.header[key] == source.header[other]
+            if not same or _digest(source.read(key)) != _digest(source.read(other)):  # one at a time: they are large
                 raise UserError(f"{self.path}: {key} and {other} must be equal, and differ; remove the wrong one")
 
     def read(self, key: str) -> np.ndarray:
         return self._source.read(self._stored if key == self._key else key)
 
 
-def _equal(a: np.ndarray, b: np.ndarray, rows: int = 4096) -> bool:
-    """Equal to the byte, compared some rows at a time: the tensors may be gigabytes."""
-    return all(a[i : i + rows].tobytes() == b[i : i + rows].tobytes() for i in range(0, len(a), rows))
+def _digest(values: np.ndarray) -> bytes:
+    return hashlib.sha256(np.ascontiguousarray(values).reshape(-1).view(np.uint8)).digest()
 
 
 def sha256(path: Path, on_bytes: Callable[[int], None] = lambda count: None) -> str:
     """SHA-256 of a file in hex; `on_bytes` hears of every piece that was read."""
-    import hashlib
-
     digest = hashlib.sha256()
     try:
         with path.open("rb") as file:

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from convert.engine import Rule, Table, linear_rules, norm_rules
+from convert.rules import Rule, Table, linear_rules, norm_rules
 from emv3_jax.config import UMT5Config
 from emv3_jax.models.umt5 import UMT5Encoder
 

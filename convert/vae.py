@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from convert.engine import Rule, Table, conv_rules
+from convert.rules import Rule, Table, conv_rules
 from emv3_jax.config import VAEConfig
 from emv3_jax.models.vae import WanVAE
 

@@ -5,33 +5,22 @@ encoder's keys. The weight norm of the positional convolution is written in one 
 """
 
 import re
-from collections.abc import Iterable
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
-from convert.engine import Ignore, Rule, Table, linear_rules, norm_rules
+from convert.rules import Ignore, Rule, Table, linear_rules, norm_rules
 from emv3_jax.config import Wav2Vec2Config
 from emv3_jax.models.wav2vec2 import Wav2Vec2, sample_count
 
-PREFIX = "wav2vec2."
+PREFIX = "wav2vec2."  # in files that hold more than the encoder
 
 WeightNorm = Literal["parametrizations", "g_v"]
 _SIZE_AND_DIRECTION: dict[WeightNorm, tuple[str, str]] = {
     "parametrizations": (r"parametrizations\.weight\.original0", r"parametrizations\.weight\.original1"),
     "g_v": ("weight_g", "weight_v"),
 }
-
-
-def find_prefix(keys: Iterable[str]) -> str:
-    """`wav2vec2.` where the file holds more than the encoder; otherwise nothing."""
-    return PREFIX if any(key.startswith(PREFIX) for key in keys) else ""
-
-
-def find_weight_norm(keys: Iterable[str]) -> WeightNorm:
-    """How the file writes the weight norm: `weight_g`, `weight_v` (older), or `parametrizations.weight.original0/1`."""
-    return "g_v" if any(key.endswith("encoder.pos_conv_embed.conv.weight_g") for key in keys) else "parametrizations"
 
 
 def table(cfg: Wav2Vec2Config, prefix: str = "", weight_norm: WeightNorm = "parametrizations") -> Table:
@@ -64,12 +53,6 @@ def table(cfg: Wav2Vec2Config, prefix: str = "", weight_norm: WeightNorm = "para
             Ignore(r"(quantizer|project_q|project_hid)\..*", "only the encoder's own pretraining needs the codebook"),
         ),
     )
-
-
-def table_for(cfg: Wav2Vec2Config, keys: Iterable[str]) -> Table:
-    """The table that fits a file with these keys."""
-    keys = tuple(keys)
-    return table(cfg, find_prefix(keys), find_weight_norm(keys))
 
 
 def target_tree(cfg: Wav2Vec2Config) -> dict:

@@ -33,7 +33,7 @@ SAFETENSORS_NAMES = {np.dtype(dtype): name for name, dtype in SAFETENSORS_DTYPES
 def claim(folder: Path) -> Iterator[None]:
     """Makes `folder` and holds it against other conversions; removes what a killed one left in it.
 
-    Raises UserError where the folder cannot be made, or another conversion is writing to it.
+    Raises UserError where the folder cannot be made or locked, or another conversion is writing to it.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -45,16 +45,28 @@ def claim(folder: Path) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it when this process ends
         except BlockingIOError:
             raise UserError(f"another conversion is writing to {folder}: wait for it, or give another output") from None
-        for path in folder.glob(f".*{REPLACED}"):
-            final = folder / path.name[1:].removesuffix(REPLACED)
-            if final.exists():
-                _remove(path)
-            else:  # killed between two renames: what stood there before is put back
-                path.replace(final)
-        _remove_partial(folder, "")
+        except OSError as error:  # some network file systems know no locks
+            raise UserError(
+                f"output {folder} cannot be locked ({reason(error)}): give a folder on another file system"
+            ) from error
+        try:
+            _tidy(folder)
+        except OSError as error:
+            raise UserError(f"output {folder} cannot be written: {reason(error)}") from error
         yield
     finally:
         os.close(handle)
+
+
+def _tidy(folder: Path) -> None:
+    """Removes what a killed conversion left behind, and puts back what it was about to replace."""
+    for path in folder.glob(f".*{REPLACED}"):
+        final = folder / path.name[1:].removesuffix(REPLACED)
+        if final.exists():
+            _remove(path)
+        else:  # killed between two renames
+            path.replace(final)
+    _remove_partial(folder, "")
 
 
 @contextlib.contextmanager

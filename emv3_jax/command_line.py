@@ -29,15 +29,15 @@ _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 def run_main(main: Callable[[list[str]], int | None], arguments: Sequence[str] | None = None) -> int:
     """Runs `main` on the command line's words (default: sys.argv[1:]) and returns the exit status.
 
-    UserError: one line on stderr, 2. Ctrl-C: one line, 130. SIGTERM unwinds like an exception, so that files being
-    written are removed: one line, 143.
+    UserError: its message as one line on stderr, then its details, one a line; 2. Ctrl-C: one line, 130. SIGTERM
+    unwinds like an exception, so that files being written are removed: one line, 143.
     """
     if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, _terminate)
     try:
         return main(list(sys.argv[1:] if arguments is None else arguments)) or 0
     except UserError as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        print("\n".join((f"error: {' '.join(error.message.split())}", *error.details)), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

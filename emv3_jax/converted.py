@@ -1,7 +1,9 @@
 """Converted weights: Orbax checkpoints that `python -m convert to-jax` wrote, read straight into device shards.
 
 A folder holds the checkpoint of one model and `conversion.json`, its record: what it is, what it was made from, and the
-size of every file in it. The record is written last, so a folder without it is not complete.
+size and SHA-256 of every file in it. The record is written last, so a folder without it is not complete. Sizes are
+checked whenever weights are read; SHA-256 takes as long as reading everything, so only `python -m convert inspect`
+checks them.
 """
 
 import dataclasses
@@ -20,7 +22,7 @@ from emv3_jax.errors import UserError
 from emv3_jax.files import PathLike, reason
 
 RECORD = "conversion.json"
-FORMAT = "emv3_jax converted weights 1"
+FORMAT = "emv3_jax converted weights 2"
 AGAIN = "convert the weights again"
 
 
@@ -30,7 +32,8 @@ class Record:
 
     model: name in the converter's registry. config: fields of the model's config. naming, form: the torch keys of the
     sources. dtype: of the parameters, comma-separated where there are several. sources: file, bytes and sha256 of each
-    file, the topmost first. values: number of them. files: bytes of each file of the folder, by relative path.
+    file, the topmost first. values: number of them. files: bytes and sha256 of each file of the folder, by relative
+    path; empty in the header of a single file.
     """
 
     model: str
@@ -40,7 +43,7 @@ class Record:
     dtype: str
     sources: tuple[Mapping[str, Any], ...]
     values: int
-    files: Mapping[str, int]
+    files: Mapping[str, Mapping[str, Any]]
 
     def write(self, folder: Path) -> None:
         """Writes `folder`/conversion.json."""
@@ -49,7 +52,9 @@ class Record:
 
 
 def read_record(folder: PathLike) -> Record:
-    """The record of a folder of converted weights, after checking that all of its files are there and whole.
+    """The record of a folder of converted weights, after checking that all of its files are there and of their size.
+
+    Bytes that changed without changing a size are not noticed here.
 
     Raises:
       UserError: no such folder, not converted weights, or incomplete.
@@ -62,7 +67,7 @@ def read_record(folder: PathLike) -> Record:
         if fields.pop("format") != FORMAT:
             raise UserError(f"{folder} was written by another version of this program; {AGAIN}")
         record = Record(**{**fields, "sources": tuple(fields["sources"])})
-        wrong = [name for name, size in record.files.items() if _size(folder / name) != size]
+        wrong = [name for name, file in record.files.items() if _size(folder / name) != file["bytes"]]
     except FileNotFoundError:
         raise UserError(f"{folder} holds no {RECORD}, so it is not a complete set of converted weights") from None
     except OSError as error:

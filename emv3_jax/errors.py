@@ -1,5 +1,19 @@
-"""The one exception that a command line turns into a line of text and exit code 2."""
+"""The one exception that a command line turns into text on stderr and exit code 2."""
+
+from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """Something the user gave cannot be used; the message says what was wrong and what to do, in one line."""
+    """Something the user gave cannot be used.
+
+    message: what was wrong and what to do, in one line. details: further lines, such as every key that does not fit;
+    `str` gives all of them.
+    """
+
+    def __init__(self, message: str = "", details: Iterable[str] = ()):
+        super().__init__(message)
+        self.message = message
+        self.details = tuple(details)
+
+    def __str__(self) -> str:
+        return "\n".join((self.message, *self.details))

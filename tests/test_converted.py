@@ -30,7 +30,11 @@ def folder(tmp_path) -> Path:
     path = tmp_path / "model"
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(path, TREE)
-    files = {str(file.relative_to(path)): file.stat().st_size for file in path.rglob("*") if file.is_file()}
+    files = {
+        str(file.relative_to(path)): {"bytes": file.stat().st_size, "sha256": "0"}
+        for file in path.rglob("*")
+        if file.is_file()
+    }
     record = Record("toy", {"width": 16}, "released", "", "float32", ({"file": "a"},), 1, files)
     record.write(path)
     return path
@@ -75,7 +79,8 @@ def test_what_is_incomplete_or_damaged_is_refused_with_one_line(folder, tmp_path
     refused(rf"is damaged: .*{data.name} missing or not of the recorded size; convert the weights again")
     data.unlink()
     refused(f"is damaged: .*{data.name} missing")
-    # Damage that leaves the sizes as they were, in each of the files that hold something.
+    # Damage that leaves the sizes as they were, in the files that say what is where. Values that changed load: only
+    # `python -m convert inspect` compares digests (tests/convert/test_commands.py).
     data.write_bytes(whole)
     for name in ("manifest.ocdbt", "_METADATA"):
         file = folder / name

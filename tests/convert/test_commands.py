@@ -6,14 +6,17 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import ml_dtypes
 import numpy as np
 import pytest
 
 from convert import __main__ as command
+from convert import writers
 from convert.registry import MODELS
 from convert.sources import open_source
+from emv3_jax.command_line import run_main
 from emv3_jax.converted import RECORD, load_converted, read_record
 from emv3_jax.errors import UserError
 
@@ -22,7 +25,7 @@ VAE_SIZES = ["--set", "width=4", "--set", "res_blocks=1"]
 
 
 def run(*arguments: object) -> int:
-    return command.main([str(argument) for argument in arguments])
+    return run_main(command.main, [str(argument) for argument in arguments])
 
 
 def same(path: Path, tensors: dict[str, np.ndarray]) -> bool:
@@ -145,6 +148,77 @@ def test_what_is_missing_or_does_not_fit_is_said_before_anything_is_written(
     assert "dit-preview is there 2 times, keep one" in capsys.readouterr().err
 
 
+def test_all_new_outputs_together_must_find_room(tiny_models, tensors_of, write, tmp_path, capsys, monkeypatch):
+    root, out = released(tmp_path / "released", tensors_of, write), tmp_path / "out"
+    arguments = ["to-jax", "--from", root, "--variant", "preview", "--to", out]
+    sizes = {name: sum(value.nbytes for value in tensors_of(name).values()) for name in PREVIEW}
+    free = SimpleNamespace(free=sum(sizes.values()) - 1)
+    monkeypatch.setattr(writers.shutil, "disk_usage", lambda folder: free)
+    assert run(*arguments) == 2
+    assert "make room there" in capsys.readouterr().err and not any(out.iterdir())
+    vae = root / "Wan2.1-Fun-V1.1-1.3B-InP/Wan2.1_VAE.safetensors"
+    assert run("to-jax", vae, "--to", out) == 0
+    free.free -= sizes["vae"] - 1  # now just enough for the others
+    assert run(*arguments) == 0
+
+
+def test_flash_with_the_weights_that_its_file_lacks_from_a_base(tiny_models, tensors_of, write, tmp_path, capsys):
+    """A fine-tune among the released folders, with its base elsewhere; the base's own ignored keys are named."""
+    root, out = released(tmp_path / "released", tensors_of, write), tmp_path / "out"
+    (root / "wav2vec2-base-960h").rename(root / "chinese-wav2vec2-base")
+    tuned = tensors_of("dit-flash", seed=1)
+    tuned = {key: value for key, value in tuned.items() if not key.startswith("head.")}
+    write(root / "flash/diffusion_pytorch_model.safetensors", tuned)
+    arguments = ["to-jax", "--from", root, "--variant", "flash", "--to", out]
+    assert run(*arguments) == 2
+    assert "missing: head.head.weight" in capsys.readouterr().err and not out.exists()
+    base = tensors_of("dit-base")
+    assert run(*arguments, "--base", write(tmp_path / "base.safetensors", base)) == 0
+    assert "tensors stay from the base" in capsys.readouterr().out
+    assert sorted(path.name for path in out.iterdir()) == sorted((*PREVIEW[1:], "dit-flash", "tokenizer"))
+    assert run("to-torch", out / "dit-flash", "--to", tmp_path / "back.safetensors") == 0
+    assert same(tmp_path / "back.safetensors", tuned | {key: base[key] for key in base if key.startswith("head.")})
+
+
+def test_what_the_base_holds_in_vain_is_said(tiny_models, tensors_of, write, tmp_path, capsys):
+    whole = tensors_of("clip")
+    top = write(tmp_path / "a.safetensors", {key: value for key, value in whole.items() if "pre_norm" in key})
+    base = write(tmp_path / "b.safetensors", whole | {"textual.x": np.zeros(3, np.float32)})
+    assert run("to-jax", top, "--model", "clip", "--base", base, "--to", tmp_path / "out") == 0
+    assert f"clip: 1 tensors of the base {base} left out: textual (1) (the text tower" in capsys.readouterr().out
+
+
+def test_the_original_may_have_another_form_and_both_names_of_a_tensor(
+    tiny_models, tensors_of, write, tmp_path, capsys
+):
+    """--base of to-torch: the form is that of the file itself, and copied tensors are rounded as the others are."""
+
+    def back(model: str, tensors: dict, *more: object) -> Path:
+        name = f"{model}-{len(list(tmp_path.iterdir()))}.safetensors"
+        original = write(tmp_path / name, tensors)
+        words = ["--naming", "huggingface", "--base", original, "--to", tmp_path / f"back-{name}", *more]
+        assert run("to-torch", tmp_path / "out" / model, *words) == 0
+        return tmp_path / f"back-{name}"
+
+    umt5 = tensors_of("umt5", "huggingface")
+    assert run("to-jax", write(tmp_path / "umt5.safetensors", umt5), "--to", tmp_path / "out") == 0
+    assert same(back("umt5", umt5 | {"encoder.embed_tokens.weight": umt5["shared.weight"]}), umt5)
+
+    clip, bare = (tensors_of("clip", "huggingface", form) for form in ("vision_model.", "without prefix"))
+    assert run("to-jax", write(tmp_path / "clip.safetensors", clip), "--to", tmp_path / "out") == 0
+    extra = {"post_layernorm.weight": np.ones(32, np.float32)}
+    assert same(back("clip", bare | extra), bare | extra)
+    capsys.readouterr()
+    narrow = {key: value.astype(ml_dtypes.bfloat16) for key, value in (bare | extra).items()}
+    assert same(back("clip", bare | extra, "--dtype", "bfloat16"), narrow)
+    assert "clip: values are rounded from float32 to bfloat16\n" in capsys.readouterr().out
+    # Wide values first, whatever they are: readers map the file, and want every tensor at a multiple of its width.
+    assert run("to-jax", tmp_path / "clip.safetensors", "--to", tmp_path / "out", "--dtype", "bfloat16",
+               "--overwrite") == 0  # fmt: skip
+    mixed = back("clip", bare | extra)
+    assert list(open_source(mixed).header)[0] == "post_layernorm.weight"
+
+
 def test_a_fine_tune_is_laid_over_its_base(tiny_models, tensors_of, write, tmp_path, capsys):
     tuned = tensors_of("dit-preview", seed=1)
     tuned = {key: value for key, value in tuned.items() if "audio" in key or "self_attn.q" in key}
@@ -176,15 +250,39 @@ def test_inspect(tiny_models, tensors_of, write, tmp_path, capsys, monkeypatch):
     assert "  blocks.0.ffn.0.weight  float32  [96, 48]\n" in capsys.readouterr().out
     bad = tensors_of("vae") | {"more": np.zeros(1, np.float32)}
     del bad["conv1.bias"]
-    assert run("inspect", write(tmp_path / "b.safetensors", bad)) == 0
+    assert run("inspect", write(tmp_path / "b.safetensors", bad)) == 1
     printed = capsys.readouterr().out
     assert "fits       no: 2 problems" in printed and "missing: conv1.bias" in printed and "unexpected: more" in printed
     monkeypatch.undo()  # the released sizes again
     assert run("inspect", file) == 0
     printed = capsys.readouterr().out
     assert "not the released ones: width=48 layers=2 ffn=96" in printed and "yes, with these sizes" in printed
-    assert run("inspect", write(tmp_path / "c.safetensors", {"foo": np.zeros(1, np.float32)})) == 0
+    assert run("inspect", write(tmp_path / "c.safetensors", {"foo": np.zeros(1, np.float32)})) == 1
     assert "no key is known" in capsys.readouterr().out
+    some = {key: value for key, value in tensors_of("dit-flash").items() if "self_attn" in key}
+    assert run("inspect", write(tmp_path / "d.safetensors", some)) == 1
+    assert "not certain" in capsys.readouterr().out
+
+
+def test_inspect_compares_the_bytes_of_converted_weights_with_their_record(
+    tiny_models, tensors_of, write, tmp_path, capsys
+):
+    out = tmp_path / "out"
+    for model in ("vae", "clip"):
+        assert run("to-jax", write(tmp_path / f"{model}.safetensors", tensors_of(model)), "--to", out) == 0
+    capsys.readouterr()
+    assert run("inspect", out) == 0  # each model in the folder
+    printed = capsys.readouterr().out
+    assert f"{out}/clip\n" in printed and f"{out}/vae\n" in printed and printed.count("fits       yes") == 2
+    data = max((path for path in (out / "vae").rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    changed = bytearray(data.read_bytes())
+    changed[len(changed) // 2] ^= 1
+    data.write_bytes(changed)
+    for path in (out, out / "vae"):
+        assert run("inspect", path) == 1
+        name = data.relative_to(out / "vae")
+        assert f"changed since they were written: {name}; convert the weights again\n" in capsys.readouterr().out
+    assert run("inspect", out / "clip") == 0
 
 
 def test_other_sizes_are_refused_with_the_settings_that_would_fit(tensors_of, write, tmp_path, capsys):
@@ -213,31 +311,37 @@ def test_errors_exit_2_with_one_clear_line(tensors_of, write, tmp_path, capsys):
         (["to-jax", "--from", tmp_path, "--to", output], "--from needs --variant"),
         (["to-jax", "--from", tmp_path / "none", "--variant", "flash", "--to", tmp_path / "o"], "no such folder"),
         (["inspect", tmp_path / "none.safetensors"], "does not exist"),
+        (["inspect"], "the following arguments are required: FILE; see --help"),
+        (["to-jax", source, output, "--dtype", "int3"], "--dtype: invalid choice: 'int3'"),
+        (["to-jax", source, output, "--colour"], "unrecognized arguments: --colour; see --help"),
     ]
     for arguments, message in cases:
         assert run(*arguments) == 2
-        assert message in capsys.readouterr().err.splitlines()[0]
+        first = capsys.readouterr().err.splitlines()[0]
+        assert first.startswith("error: ") and message in first
     assert not output.exists()
 
 
 LIMITED = """
 import resource, sys
 from convert import __main__ as command
+from emv3_jax.command_line import run_main
 resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
-sys.exit(max(command.main(["to-jax", sys.argv[1], "--set", "width=4", "--set", "res_blocks=1", "--to", out])
+sys.exit(max(run_main(command.main, ["to-jax", sys.argv[1], "--set", "width=4", "--set", "res_blocks=1", "--to", out])
              for out in sys.argv[2:]))
 """
 KILLED = """
 import os, signal, sys
 from convert import __main__ as command, jobs
-def die(what, total):
-    raise AssertionError
+from emv3_jax.command_line import run_main
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with Ctrl-C ignored
 class Bar:
     def __enter__(self): return lambda count: os.kill(os.getpid(), signal.SIGKILL)
     def __exit__(self, *_): pass
 plain = jobs.progress
 jobs.progress = lambda what, total: plain(what, total) if "SHA" in what else Bar()
-command.main(["to-jax", sys.argv[1], "--set", "width=4", "--set", "res_blocks=1", "--to", sys.argv[2]])
+arguments = ["to-jax", sys.argv[1], "--set", "width=4", "--set", "res_blocks=1", "--to", sys.argv[2]]
+sys.exit(run_main(command.main, arguments))
 """
 
 
@@ -252,12 +356,23 @@ def test_a_disk_that_cannot_take_it_ends_with_one_line_and_leaves_nothing(tensor
     source = write(tmp_path / "a.safetensors", tensors_of("vae"))
     done = subprocess_of(LIMITED, source, tmp_path / "out", tmp_path / "file" / "b.safetensors")
     assert done.returncode == 2
-    lines = [line for line in done.stderr.splitlines() if line.startswith("output ")]
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert lines == [
-        f"output {tmp_path}/out/vae could not be written: file too large",
-        f"output {tmp_path}/file/b.safetensors could not be written: file too large",
+        f"error: output {tmp_path}/out/vae could not be written: file too large",
+        f"error: output {tmp_path}/file/b.safetensors could not be written: file too large",
     ]
     assert not any((tmp_path / "out").iterdir()) and not any((tmp_path / "file").iterdir())
+
+
+@pytest.mark.parametrize(("number", "words"), [(signal.SIGTERM, "terminated"), (signal.SIGINT, "interrupted")])
+def test_a_run_that_is_told_to_stop_leaves_nothing(tensors_of, write, tmp_path, number, words):
+    source = write(tmp_path / "a.safetensors", tensors_of("vae"))
+    code = KILLED.replace("SIGKILL", number.name)
+    for out, folder in ((tmp_path / "out", tmp_path / "out"), (tmp_path / "b/b.safetensors", tmp_path / "b")):
+        done = subprocess_of(code, source, out)
+        assert done.returncode == 128 + number
+        assert done.stderr.splitlines()[-1] == words and "Traceback" not in done.stderr
+        assert not any(folder.iterdir())
 
 
 def test_a_killed_run_leaves_nothing_that_loads_and_the_next_one_cleans_up(tensors_of, write, tmp_path):

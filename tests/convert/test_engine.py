@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from convert import engine
-from convert.engine import Checkpoint, ConversionError, Ignore, Rule, Table, linear_rules
+from convert.engine import Checkpoint, ConversionError
+from convert.rules import TRANSFORMS, Ignore, Rule, Table, linear_rules
 from convert.sources import Spec
 from emv3_jax.errors import UserError
 
@@ -79,7 +80,7 @@ def test_round_trip_is_exact_to_the_byte(dtype):
 )  # fmt: skip
 def test_every_transform_has_an_inverse(name, sizes):
     x = np.arange(np.prod(sizes)).reshape(sizes)
-    transform = engine.TRANSFORMS[name]
+    transform = TRANSFORMS[name]
     np.testing.assert_array_equal(transform.inverse(transform.forward(x)), x)
     assert transform.inverse(transform.forward(x)).shape == sizes
 

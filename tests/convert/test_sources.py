@@ -105,6 +105,15 @@ def test_missing_and_contradicting_shards_are_named(tmp_path, write):
         open_source(index)
 
 
+@pytest.mark.parametrize("name", ["../x-1.safetensors", "/x-1.safetensors", "x.safetensors.index.json", "a.txt", ""])
+def test_an_index_names_only_files_of_weights_beside_it(tmp_path, write, name):
+    index = shards(tmp_path / "set", write, c=name)
+    write(tmp_path / "x-1.safetensors", {"c": TENSORS["a"]})
+    with pytest.raises(UserError, match="shards must lie beside it, and end in .safetensors, .bin") as caught:
+        open_source(index)
+    assert f"names {name}" in str(caught.value)
+
+
 def test_unknown_files_and_folders_are_refused(tmp_path, write):
     with pytest.raises(UserError, match="does not exist"):
         open_source(tmp_path / "none.safetensors")

@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from convert import clip, engine
+from convert.registry import identify
 from emv3_jax.checkpoint import write_safetensors
 from emv3_jax.config import CLIPConfig
 from emv3_jax.models.clip import PIXEL_MEAN, PIXEL_STD, CLIPVision, bicubic_matrix, preprocess, resize_bicubic
@@ -35,7 +37,7 @@ def target():
 
 @pytest.fixture(scope="module")
 def params(checkpoint, target):
-    return engine.to_jax(clip.table(TINY), engine.read_safetensors(checkpoint), target, checkpoint.name)
+    return engine.to_jax(clip.table(TINY), load_file(checkpoint), target, checkpoint.name)
 
 
 def test_matches_released_program(params):
@@ -48,7 +50,7 @@ def test_matches_released_program(params):
 
 def test_conversion_round_trip_is_byte_equal(checkpoint, params, tmp_path):
     write_safetensors(tmp_path / "back.safetensors", engine.to_torch(clip.table(TINY), params))
-    before, after = engine.read_safetensors(checkpoint), engine.read_safetensors(tmp_path / "back.safetensors")
+    before, after = load_file(checkpoint), load_file(tmp_path / "back.safetensors")
     left_out = {key for key in before if key.startswith(("transformer.2.", "post_norm.")) or key == "head"}
     assert len(left_out) == 15 and after.keys() == before.keys() - left_out
     for key, value in after.items():
@@ -56,16 +58,15 @@ def test_conversion_round_trip_is_byte_equal(checkpoint, params, tmp_path):
 
 
 def test_released_file_with_both_towers(checkpoint, params, target):
-    tensors = {f"visual.{key}": value for key, value in engine.read_safetensors(checkpoint).items()}
+    tensors = {f"visual.{key}": value for key, value in load_file(checkpoint).items()}
     tensors |= {"log_scale": np.zeros(()), "textual.token_embedding.weight": np.zeros((7, 3))}
-    prefix = clip.find_prefix(tensors)
-    assert prefix == "visual." and clip.find_prefix(["pre_norm.weight"]) == ""
-    converted = engine.to_jax(clip.table(TINY, prefix), tensors, target, "both towers")
+    table = identify(tensors, ["clip"])[0].table(TINY)
+    converted = engine.to_jax(table, tensors, target, "both towers")
     jax.tree.map(np.testing.assert_array_equal, converted, params)
 
 
 def test_conversion_names_a_key_that_is_neither_used_nor_ignored(checkpoint, target):
-    tensors = engine.read_safetensors(checkpoint) | {"transformer.3.norm1.bias": np.zeros(32, np.float32)}
+    tensors = load_file(checkpoint) | {"transformer.3.norm1.bias": np.zeros(32, np.float32)}
     with pytest.raises(engine.ConversionError, match=r"unexpected: transformer\.3\.norm1\.bias"):
         engine.to_jax(clip.table(TINY), tensors, target, "four blocks")
 
