@@ -366,8 +366,8 @@ def load_tokenizer(name: str, weights: str | pathlib.Path | None = None) -> Any:
 
 def locate(folder: pathlib.Path, role: str, preset: str) -> pathlib.Path:
     """Where a model's weights lie in a folder: in a file of our own training, or else in a folder of converted ones."""
-    trained = folder / f"{role}.safetensors"
-    return trained if preset == "demo" or trained.is_file() else folder / CONVERTED[role].format(preset)
+    trained, made = folder / f"{role}.safetensors", folder / CONVERTED[role].format(preset)
+    return trained if trained.is_file() or (PRESETS[preset].vocabulary and not made.exists()) else made
 
 
 def _load_model(path: pathlib.Path, like: Any) -> Any:

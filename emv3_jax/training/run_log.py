@@ -25,7 +25,9 @@ class RunLog:
 
         workdir.mkdir(parents=True, exist_ok=True)
         _drop_later(workdir / "metrics.jsonl", step)
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+        # The name of an events file holds the second it was opened in; the suffix keeps two runs of one second apart.
+        folder = str(workdir / "tensorboard")
+        self._board = SummaryWriter(folder, purge_step=step + 1, filename_suffix=f".from{step}")
         self._lines = open(workdir / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
         self._start = time.time()
 
