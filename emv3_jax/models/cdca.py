@@ -4,6 +4,13 @@ out = Wo( text(q) + image(q) + audio(q) ), q = RMS(Wq x). Keys and values do not
 they are computed once per clip (`CrossKV`) and reused by every sampling step (`CDCA`).
 
 Axes: B batch, L tokens, S context tokens, T latent frames, N heads, K head width, D width.
+
+Shapes at full size, 81 frames of 480x832, a layer:
+  x, query  [B, 32760, 1536] -> [B, 32760, 12, 128]
+  text      keys and values [B, 512, 12, 128]
+  image     keys and values [B, 257, 12, 128]
+  audio     keys and values [B, 21, 17, 12, 128] (flash 32), each heard by the 1560 tokens of its latent frame
+  out       [B, 32760, 1536]
 """
 
 import jax

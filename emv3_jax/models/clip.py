@@ -3,6 +3,13 @@
 Axes: B batch, H W pixels (h w after a resize), L tokens (class token first, then patches row by row),
 N heads, K head width, D width, C channels.
 
+Shapes at full size (ViT-H/14, 0.6 billion parameters):
+  picture  [B, H, W, 3]       in [-1, 1]
+  pixels   [B, 224, 224, 3]   bicubic, normalised
+  patches  [B, 256, 1280]     of 14 x 14 pixels
+  states   [B, 257, 1280]     through 31 of 32 blocks: 16 heads of 80, MLP of 5120
+  out      [B, 257, 1280]
+
 The checkpoint's last block, final norm and projection head take no part in the read-out, so the model does not have
 them: `CLIPConfig.layers` counts the checkpoint's blocks, and `layers - 1` of them exist here.
 """

@@ -2,6 +2,13 @@
 
 Axes: B batch, S query tokens, T key tokens (same length), N heads, K head width, D width.
 
+Shapes at full size (umT5-XXL's encoder, 5.7 billion parameters):
+  ids, mask  [B, 512]          padded; the mask is 1 up to the end mark
+  tokens     [B, 512, 4096]    rows of a table of 256384
+  states     [B, 512, 4096]    through 24 blocks: 64 heads of 64, gated MLP of 10240
+  biases     [24, 32, 64]      of 32 distances, for each block and head
+  out        [B, 512, 4096]    after the last norm
+
 Unlike T5, every block owns its table of relative-position biases. As in T5, attention logits are not scaled by
 1/sqrt(K). Everything computes in float32; weights may be stored in bfloat16 and are widened where they are used.
 """

@@ -2,6 +2,13 @@
 
 Axes: B batch, T latent frames, F frames, H W pixels, h w latent grid (H/8, W/8), P = h·w, C channels. Channels last.
 
+Shapes at full size (0.13 billion parameters), 81 frames of 480x832:
+  video    [B, 81, 480, 832, 3]   in [-1, 1]
+  encoder  [B, 81, 480, 832, 96] -> [B, 81, 240, 416, 96] -> [B, 41, 120, 208, 192] -> [B, 21, 60, 104, 384]
+  moments  [B, 21, 60, 104, 32]   mean and logvar, 16 channels each
+  latents  [B, 21, 60, 104, 16]   normalised by channel
+  decoder  the same way back, one latent frame (1 or 4 frames of video) at a time
+
 Every layer that looks back in time takes a cache and returns the next one. No cache means that the clip starts here, so
 one network serves three forms: the whole clip at once (`WanVAE.encode`, `WanVAE.decode`; what training differentiates),
 the chunked form by scan (`encode_chunked`, `decode_chunked`; memory does not grow with length), and the streaming form
