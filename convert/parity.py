@@ -118,8 +118,8 @@ def dit_tiny_params(golden: Golden) -> dict:
     return dit_params(golden, "dit_preview_tiny", DIT_TINY)
 
 
-def dit_velocity(golden: Golden, name: str, cfg: DiTConfig) -> Pair:
-    """One velocity of a transformer, preview or flash."""
+def dit_inputs(golden: Golden, name: str, cfg: DiTConfig) -> dict:
+    """What a transformer, preview or flash, is called with: x, t, cond."""
     g = golden.arrays(name)
     prompts = sorted(key for key in g if key.startswith("text"))
     tokens = int(np.prod(g["x"].shape[3:])) // int(np.prod(cfg.patch))
@@ -131,9 +131,14 @@ def dit_velocity(golden: Golden, name: str, cfg: DiTConfig) -> Pair:
         face_mask=g.get("face_mask", np.ones((len(g["x"]), tokens), np.float32)),
         audio_scale=np.full(len(g["x"]), g.get("audio_scale", 1.0), np.float32),
     )
+    return {"x": channels_last(g["x"]), "t": g["t"], "cond": cond}
+
+
+def dit_velocity(golden: Golden, name: str, cfg: DiTConfig) -> Pair:
+    """One velocity of a transformer."""
     params = dit_params(golden, name, cfg)
-    out = jax.jit(DiT(cfg).apply)({"params": params}, channels_last(g["x"]), g["t"], cond)
-    return out, channels_last(g["out"])
+    out = jax.jit(DiT(cfg).apply)({"params": params}, **dit_inputs(golden, name, cfg))
+    return out, channels_last(golden.arrays(name)["out"])
 
 
 def riflex(golden: Golden) -> Pair:

@@ -5,6 +5,7 @@
 """
 
 import abc
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -287,17 +288,14 @@ class TorchFile(Source):
 def _first_import(path: Path) -> str | None:
     """The first thing that a bare pickle would import, found without running it; None if it is no pickle."""
     strings: list[str] = []
-    try:
-        with path.open("rb") as file:
-            for opcode, argument, _ in pickletools.genops(file):
-                if opcode.name == "GLOBAL":
-                    return str(argument).replace(" ", ".")
-                if opcode.name == "STACK_GLOBAL" and len(strings) > 1:
-                    return ".".join(strings[-2:])
-                if isinstance(argument, str):
-                    strings.append(argument)
-    except ValueError:
-        pass  # no pickle at all
+    with path.open("rb") as file, contextlib.suppress(ValueError):  # no pickle at all
+        for opcode, argument, _ in pickletools.genops(file):
+            if opcode.name == "GLOBAL":
+                return str(argument).replace(" ", ".")
+            if opcode.name == "STACK_GLOBAL" and len(strings) > 1:
+                return ".".join(strings[-2:])
+            if isinstance(argument, str):
+                strings.append(argument)
     return None
 
 

@@ -11,7 +11,7 @@ from emv3_jax.config import DiTConfig
 from emv3_jax.layers import rotary_tables, sinusoidal_features
 from emv3_jax.models import audio_tokens
 from emv3_jax.models.cdca import Branches, CrossKV
-from emv3_jax.models.dit import Block, Conditions, DiT, Head, ImageEmbed, PatchEmbed
+from emv3_jax.models.dit import Block, DiT, Head, ImageEmbed, PatchEmbed
 
 GOLDEN = parity.Golden(Path(__file__).parents[1] / "golden")
 CFG = parity.DIT_TINY
@@ -25,16 +25,7 @@ def params() -> dict:
 @pytest.fixture(scope="module")
 def inputs() -> dict:
     """x, t, cond of the golden case."""
-    g = GOLDEN.arrays("dit_preview_tiny")
-    cond = Conditions(
-        given=parity.channels_last(g["y"]),
-        text=np.stack([parity.padded_text(g["text0"], CFG), parity.padded_text(g["text1"], CFG)]),
-        image=g["clip"],
-        audio=g["audio"],
-        face_mask=g["face_mask"],
-        audio_scale=np.full(2, 0.8, np.float32),
-    )
-    return {"x": parity.channels_last(g["x"]), "t": g["t"], "cond": cond}
+    return parity.dit_inputs(GOLDEN, "dit_preview_tiny", CFG)
 
 
 @pytest.fixture(scope="module")

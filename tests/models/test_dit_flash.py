@@ -34,22 +34,13 @@ def test_weights_go_out_as_they_came_in_the_unused_query_too(params):
 
 
 def test_the_unused_query_changes_nothing(params):
-    g = GOLDEN.arrays("dit_flash_tiny")
-    cond = Conditions(
-        given=parity.channels_last(g["y"]),
-        text=np.stack([parity.padded_text(g["text0"], CFG), parity.padded_text(g["text1"], CFG)]),
-        image=g["clip"],
-        audio=g["audio"],
-        face_mask=np.ones((2, 12), np.float32),
-        audio_scale=np.ones(2, np.float32),
-    )
-    x, apply = parity.channels_last(g["x"]), jax.jit(DiT(CFG).apply)
+    inputs, apply = parity.dit_inputs(GOLDEN, "dit_flash_tiny", CFG), jax.jit(DiT(CFG).apply)
     unused = params["blocks"]["cross_attention"]["unused_audio_query"]
     other = jax.tree.map(np.zeros_like, unused)
     blocks = {**params["blocks"], "cross_attention": {**params["blocks"]["cross_attention"]}}
     blocks["cross_attention"]["unused_audio_query"] = other
     np.testing.assert_array_equal(
-        apply({"params": {**params, "blocks": blocks}}, x, g["t"], cond), apply({"params": params}, x, g["t"], cond)
+        apply({"params": {**params, "blocks": blocks}}, **inputs), apply({"params": params}, **inputs)
     )
 
 
