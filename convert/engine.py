@@ -6,10 +6,8 @@ one at a time, stacked ones layer by layer.
 """
 
 import dataclasses
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -17,7 +15,7 @@ import numpy as np
 from flax import traverse_util
 
 from convert.rules import CompiledRule, Table
-from convert.sources import SafetensorsFile, Spec
+from convert.sources import Spec
 from emv3_jax.errors import UserError
 
 
@@ -346,9 +344,3 @@ def to_torch(
     flat = {path: np.asarray(leaf) for path, leaf in traverse_util.flatten_dict(params, sep="/").items()}
     plan = plan_to_torch(table, specs(flat), target_tree, source_name)
     return {tensor.key: tensor.of(flat[path]) for path, tensors in plan.items() for tensor in tensors}
-
-
-def read_safetensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """Reads a whole .safetensors file into memory; raises UserError if there is none or it is damaged."""
-    source = SafetensorsFile(Path(path))
-    return {key: source.read(key) for key in source.header}

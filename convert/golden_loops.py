@@ -40,14 +40,14 @@ LOOPS: dict[str, Loop] = {
 }
 
 
-def channels_last(x: np.ndarray) -> jax.Array:
+def channels_last(x: np.ndarray) -> np.ndarray:
     """[B, C, ...] -> [B, ..., C]."""
-    return jnp.moveaxis(jnp.asarray(x), 1, -1)
+    return np.moveaxis(x, 1, -1)
 
 
-def _padded(text: np.ndarray, length: int) -> np.ndarray:
-    """Text states [S, C] -> [1, length, C], zeros after the real length."""
-    return np.pad(text, ((0, length - len(text)), (0, 0)))[None]
+def padded_text(states: np.ndarray, cfg: DiTConfig) -> np.ndarray:
+    """Text states [real length, text_width] -> [text_len, text_width], zeros behind."""
+    return np.pad(states, ((0, cfg.text_len - len(states)), (0, 0)))
 
 
 def branch_conditions(golden: Mapping[str, np.ndarray], cfg: DiTConfig, branch: Branch, factor: float) -> Conditions:
@@ -56,7 +56,7 @@ def branch_conditions(golden: Mapping[str, np.ndarray], cfg: DiTConfig, branch: 
     given = jnp.concatenate([channels_last(golden["mask"]), channels_last(golden["masked"])], axis=-1)
     return Conditions(
         given=given,
-        text=jnp.asarray(_padded(text, cfg.text_len), jnp.float32),
+        text=jnp.asarray(padded_text(text, cfg)[None], jnp.float32),
         image=jnp.asarray(golden["clip"]),
         audio=jnp.asarray(golden["audio"]) * float(branch.audio),
         face_mask=jnp.asarray(golden["face_mask"]),

@@ -23,6 +23,7 @@ from flax import traverse_util
 
 from convert import clip, dit, golden_loops, umt5, vae, wav2vec2
 from convert.engine import Checkpoint, Spec, Table, plan_to_jax
+from convert.golden_loops import channels_last, padded_text
 from convert.sources import SafetensorsFile
 from convert.writers import SafetensorsWriter
 from emv3_jax.config import (
@@ -95,16 +96,6 @@ def load_tensor_for(path: Path) -> Callable[..., np.ndarray]:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.tensor_for
-
-
-def channels_last(x: np.ndarray) -> np.ndarray:
-    """[B, C, ...] -> [B, ..., C]."""
-    return np.moveaxis(x, 1, -1)
-
-
-def padded_text(states: np.ndarray, cfg: DiTConfig) -> np.ndarray:
-    """[real length, text_width] -> [text_len, text_width], zeros behind."""
-    return np.pad(states, ((0, cfg.text_len - len(states)), (0, 0)))
 
 
 def dit_params(golden: Golden, manifest: str, cfg: DiTConfig) -> dict:

@@ -55,14 +55,26 @@ def load_params(path: pathlib.Path, like: Any = None) -> dict:
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is damaged or no safetensors file ({error}): copy or train it again") from error
     if like is not None:
-        wanted = {k: tuple(v.shape) for k, v in traverse_util.flatten_dict(dict(like), sep="/").items()}
-        found = {k: v.shape for k, v in flat.items()}
-        wrong = [f"missing {k}" for k in sorted(wanted.keys() - found.keys())]
-        wrong += [f"unexpected {k}" for k in sorted(found.keys() - wanted.keys())]
-        wrong += [f"{k} is {found[k]}, not {wanted[k]}" for k in sorted(wanted) if k in found and found[k] != wanted[k]]
-        if wrong:
-            raise UserError(f"{path} does not fit this model: {'; '.join(wrong)}")
+        check_tree(path, flat, like)
     return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def check_tree(source: PathLike, found: Mapping[str, Any], like: Any) -> None:
+    """Raises UserError, with all differences in one message, unless weights are just those of a model.
+
+    Args:
+      source: names the weights in the message.
+      found: what they hold, by '/'-joined path; of arrays or shapes only the shape is looked at.
+      like: the model's parameter tree, of arrays or shapes.
+    """
+    wanted = {name: tuple(leaf.shape) for name, leaf in traverse_util.flatten_dict(dict(like), sep="/").items()}
+    here = {name: tuple(leaf.shape) for name, leaf in found.items()}
+    wrong = [f"missing {name}" for name in sorted(wanted.keys() - here.keys())]
+    wrong += [f"unexpected {name}" for name in sorted(here.keys() - wanted.keys())]
+    common = sorted(wanted.keys() & here.keys())
+    wrong += [f"{name} is {here[name]}, not {wanted[name]}" for name in common if here[name] != wanted[name]]
+    if wrong:
+        raise UserError(f"{source} does not fit this model: {'; '.join(wrong)}")
 
 
 def save_models(folder: pathlib.Path, models: Mapping[str, Mapping], dtype: str = "float32") -> None:

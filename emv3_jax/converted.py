@@ -18,6 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import traverse_util
 
+from emv3_jax.checkpoint import check_tree
 from emv3_jax.errors import UserError
 from emv3_jax.files import PathLike, reason
 
@@ -111,6 +112,17 @@ def read_parameters(folder: PathLike, paths: Iterable[str]) -> dict[str, np.ndar
     return traverse_util.flatten_dict(values, sep="/")
 
 
+def check_converted(folder: PathLike, like: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    """`shapes` of converted weights, after checking that they are complete and just those of the model `like`.
+
+    Raises:
+      UserError: they are not.
+    """
+    found = shapes(folder)
+    check_tree(folder, found, like)
+    return found
+
+
 def load_converted(folder: PathLike, like: Any, shardings: Any = None, dtype: Any = None) -> dict:
     """Reads converted weights; every device reads only its part, and no host holds a whole copy.
 
@@ -125,21 +137,11 @@ def load_converted(folder: PathLike, like: Any, shardings: Any = None, dtype: An
       UserError: no converted weights there, incomplete or damaged, or names or shapes differ from `like` (all
         differences in one message).
     """
-    wanted = {path: tuple(leaf.shape) for path, leaf in traverse_util.flatten_dict(dict(like), sep="/").items()}
-    found = shapes(folder)
-    wrong = [f"missing {path}" for path in wanted if path not in found]
-    wrong += [f"unexpected {path}" for path in found if path not in wanted]
-    wrong += [
-        f"{path} is {list(found[path].shape)}, not {list(shape)}"
-        for path, shape in wanted.items()
-        if path in found and found[path].shape != shape
-    ]
-    if wrong:
-        raise UserError(f"{folder} does not fit this model: {'; '.join(wrong)}")
+    found = check_converted(folder, like)
     if shardings is None:
         shardings = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     if isinstance(shardings, jax.sharding.Sharding):
-        placed = dict.fromkeys(wanted, shardings)
+        placed = dict.fromkeys(found, shardings)
     else:
         placed = traverse_util.flatten_dict(dict(shardings), sep="/")
     target = {

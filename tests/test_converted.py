@@ -60,7 +60,7 @@ def test_all_differences_from_the_model_are_in_one_message(folder):
     with pytest.raises(UserError) as caught:
         load_converted(folder, like)
     assert str(caught.value) == (
-        f"{folder} does not fit this model: missing tail; unexpected head; blocks/kernel is [4, 16, 24], not [8]"
+        f"{folder} does not fit this model: missing tail; unexpected head; blocks/kernel is (4, 16, 24), not (8,)"
     )
 
 

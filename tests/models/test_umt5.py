@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from convert import engine, umt5
 from emv3_jax.checkpoint import write_safetensors
@@ -37,7 +38,7 @@ def golden() -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def params(checkpoint):
-    return engine.to_jax(umt5.TABLE, engine.read_safetensors(checkpoint), umt5.target_tree(TINY), checkpoint.name)
+    return engine.to_jax(umt5.TABLE, load_file(checkpoint), umt5.target_tree(TINY), checkpoint.name)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,7 @@ def test_matches_released_program(params, golden, encode):
 def test_conversion_round_trip_is_byte_equal(checkpoint, params, tmp_path):
     back = engine.to_torch(umt5.TABLE, params)
     write_safetensors(tmp_path / "back.safetensors", back)
-    before, after = engine.read_safetensors(checkpoint), engine.read_safetensors(tmp_path / "back.safetensors")
+    before, after = load_file(checkpoint), load_file(tmp_path / "back.safetensors")
     assert before.keys() == after.keys()
     for key, value in before.items():
         assert value.shape == after[key].shape and value.tobytes() == after[key].tobytes(), key
@@ -64,11 +65,11 @@ def test_conversion_round_trip_is_byte_equal(checkpoint, params, tmp_path):
 def test_conversion_refuses_a_checkpoint_with_one_block_too_few(checkpoint):
     deeper = umt5.target_tree(dataclasses.replace(TINY, layers=4))
     with pytest.raises(engine.ConversionError, match=r"missing: blocks\.3\.attn\.q\.weight"):
-        engine.to_jax(umt5.TABLE, engine.read_safetensors(checkpoint), deeper, "short")
+        engine.to_jax(umt5.TABLE, load_file(checkpoint), deeper, "short")
 
 
 def test_conversion_keeps_bfloat16(checkpoint):
-    tensors = {key: value.astype(jnp.bfloat16) for key, value in engine.read_safetensors(checkpoint).items()}
+    tensors = {key: value.astype(jnp.bfloat16) for key, value in load_file(checkpoint).items()}
     params = engine.to_jax(umt5.TABLE, tensors, umt5.target_tree(TINY), "bf16")
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype(jnp.bfloat16)}
     ids = jnp.ones((1, 4), jnp.int32)

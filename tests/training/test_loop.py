@@ -20,6 +20,14 @@ from emv3_jax.files import atomic_path
 from emv3_jax.training import loop
 
 
+@pytest.fixture(autouse=True)
+def listening_to_ctrl_c():
+    """Started in the background of a shell, a process ignores SIGINT; these tests send it to themselves."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class Quadratic:
     """|w - target|^2, with a target that every batch and every random key shifts a little."""
 
