@@ -11,6 +11,7 @@ from convert.jobs import METADATA, ConvertedFile, ConvertedFolder, converted_mod
 from convert.registry import GUESSED, MODELS, SURE, config_from, identify, read_config
 from convert.sources import Source, Spec, open_source, sha256
 from emv3_jax.converted import AGAIN, RECORD
+from emv3_jax.errors import UserError
 
 
 def describe(path: Path, keys: bool = False) -> tuple[list[str], bool]:
@@ -23,7 +24,7 @@ def describe(path: Path, keys: bool = False) -> tuple[list[str], bool]:
       UserError: it cannot be read at all.
     """
     if not (path / RECORD).is_file() and path.is_dir() and (models := converted_models(path)):
-        described = [describe(model, keys) for model in models]
+        described = [_described(model, keys) for model in models]
         return [line for lines, _ in described for line in lines], all(fits for _, fits in described)
     if (path / RECORD).is_file():
         source: Source = open_converted(path)
@@ -37,6 +38,14 @@ def describe(path: Path, keys: bool = False) -> tuple[list[str], bool]:
     lines += [_row("holds", _amount(source.header))]
     more, fits = _converted(source) if isinstance(source, ConvertedFolder | ConvertedFile) else _torch(source)
     return lines + more, fits
+
+
+def _described(path: Path, keys: bool) -> tuple[list[str], bool]:
+    """One of several models; that it cannot be read at all is said in its place, and the others follow."""
+    try:
+        return describe(path, keys)
+    except UserError as error:
+        return [str(path), _row("damaged", error.message), *map(_more, error.details)], False
 
 
 def _row(name: str, text: str) -> str:

@@ -12,6 +12,8 @@ from safetensors.numpy import save_file
 from emv3_jax.errors import UserError
 from emv3_jax.files import PathLike, atomic_path
 
+FEW = 8  # differences that still fit into one line
+
 
 def write_safetensors(path: PathLike, tensors: Mapping[str, np.ndarray]) -> None:
     """Writes a .safetensors file whole or not at all.
@@ -60,7 +62,7 @@ def load_params(path: pathlib.Path, like: Any = None) -> dict:
 
 
 def check_tree(source: PathLike, found: Mapping[str, Any], like: Any) -> None:
-    """Raises UserError, with all differences in one message, unless weights are just those of a model.
+    """Raises UserError, with all differences (many of them as details), unless weights are just those of a model.
 
     Args:
       source: names the weights in the message.
@@ -73,6 +75,8 @@ def check_tree(source: PathLike, found: Mapping[str, Any], like: Any) -> None:
     wrong += [f"unexpected {name}" for name in sorted(here.keys() - wanted.keys())]
     common = sorted(wanted.keys() & here.keys())
     wrong += [f"{name} is {here[name]}, not {wanted[name]}" for name in common if here[name] != wanted[name]]
+    if len(wrong) > FEW:
+        raise UserError(f"{source} does not fit this model: {len(wrong)} differences", wrong)
     if wrong:
         raise UserError(f"{source} does not fit this model: {'; '.join(wrong)}")
 

@@ -192,7 +192,8 @@ def _checked(what: str, look: Callable[[], Any]) -> Line:
     try:
         look()
     except UserError as error:
-        return Line("NO", f"{what}: {error}")
+        example = f" ({error.details[0]}, ...)" if error.details else ""
+        return Line("NO", f"{what}: {error.message}{example}")
     return Line("ok", f"{what}: complete")
 
 

@@ -24,11 +24,13 @@ from emv3_jax.models.clip import CLIPVision
 from emv3_jax.models.dit import DiT, zero_inputs
 from emv3_jax.models.umt5 import UMT5Encoder
 from emv3_jax.models.wav2vec2 import Wav2Vec2, sample_count
+from emv3_jax.sharding import param_shardings
 
 WEIGHTS = pathlib.Path(__file__).parent / "weights"
 TOKENIZER = "tokenizer"
 # Where converted weights of each model lie in their folder; "dit" depends on the preset.
 CONVERTED = {"dit": "dit-{}", "text": "umt5", "image": "clip", "vae": "vae", "speech": "wav2vec2"}
+DTYPES = ("float32", "bfloat16")
 OnStep = Callable[[int, int], None]
 
 
@@ -332,22 +334,42 @@ def expected_params(preset: Preset) -> Any:
     return jax.eval_shape(functools.partial(init_params, preset), jax.random.key(0))
 
 
-def load_pipeline(name: str = "demo", weights: str | pathlib.Path | None = None) -> Pipeline:
+def load_pipeline(
+    name: str = "demo",
+    weights: str | pathlib.Path | None = None,
+    *,
+    dtype: str | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+) -> Pipeline:
     """A preset with its weights.
 
     Args:
       name: of a preset.
       weights: a folder that `train.py` wrote, or one that `python -m convert to-jax` wrote, with the tokenizer in it;
         default: the shipped weights.
+      dtype: of the transformer's matmuls, "float32" or "bfloat16"; default: bfloat16 on accelerators, where it is many
+        times faster, float32 on a CPU, where it is slower.
+      mesh: spreads the parameters over devices by the rules of `sharding`; default: the first device holds them all.
     Raises:
-      UserError: no such preset, no weights for it, or weights that do not fit it.
+      UserError: no such preset, no weights for it, weights that do not fit it, or another dtype.
     """
     if name not in PRESETS:
         raise UserError(f"there is no preset {name!r}: one of {', '.join(sorted(PRESETS))}")
-    preset, folder = PRESETS[name], pathlib.Path(weights or WEIGHTS / name)
+    preset, folder = with_dtype(PRESETS[name], dtype), pathlib.Path(weights or WEIGHTS / name)
     words = load_tokenizer(name, weights)
-    params = {role: _load_model(locate(folder, role, name), like) for role, like in expected_params(preset).items()}
+    params = {
+        role: _load_model(locate(folder, role, name), like, mesh) for role, like in expected_params(preset).items()
+    }
     return Pipeline(preset, params, words=words)
+
+
+def with_dtype(preset: Preset, dtype: str | None = None) -> Preset:
+    """The preset with the type of its transformer's matmuls; see `load_pipeline`."""
+    if dtype is None:
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    if dtype not in DTYPES:
+        raise UserError(f"dtype must be {' or '.join(DTYPES)}, got {dtype!r}")
+    return dataclasses.replace(preset, dit=dataclasses.replace(preset.dit, dtype=dtype))
 
 
 def load_tokenizer(name: str, weights: str | pathlib.Path | None = None) -> Any:
@@ -370,8 +392,9 @@ def locate(folder: pathlib.Path, role: str, preset: str) -> pathlib.Path:
     return trained if trained.is_file() or (PRESETS[preset].vocabulary and not made.exists()) else made
 
 
-def _load_model(path: pathlib.Path, like: Any) -> Any:
-    """One model's parameters on the default device."""
+def _load_model(path: pathlib.Path, like: Any, mesh: jax.sharding.Mesh | None) -> Any:
+    """One model's parameters on the default device, or spread over a mesh."""
+    shardings = None if mesh is None else param_shardings(like, mesh)
     if path.suffix == ".safetensors":
-        return jax.tree.map(jnp.asarray, checkpoint.load_params(path, like))
-    return converted.load_converted(path, like)
+        return jax.device_put(checkpoint.load_params(path, like), shardings)
+    return converted.load_converted(path, like, shardings)

@@ -142,3 +142,40 @@ def test_no_tokenizer(tmp_path):
         UMT5Tokenizer(tmp_path, 24)
     with pytest.raises(UserError, match="no weights at .*: convert the released ones"):
         load_pipeline("preview")
+
+
+def test_converted_released_files_make_a_pipeline(folder, make_params, monkeypatch, tmp_path):
+    """Torch keys -> converter -> load_pipeline: each model's weights land where random ones were put, and it runs."""
+    import shutil
+
+    from convert import __main__ as command
+    from convert import engine
+    from convert.registry import MODELS
+    from emv3_jax.checkpoint import write_safetensors
+    from emv3_jax.command_line import run_main
+    from emv3_jax.pipeline import CONVERTED
+
+    params = make_params(expected_params(PREVIEW))
+    sizes = {
+        "dit": PREVIEW.dit, "text": PREVIEW.text, "image": PREVIEW.image, "vae": PREVIEW.vae, "speech": SPEECH
+    }  # fmt: skip
+    for role, cfg in sizes.items():
+        name = CONVERTED[role].format("preview")
+        monkeypatch.setitem(MODELS, name, dataclasses.replace(MODELS[name], cfg=cfg))
+        tensors = engine.to_torch(MODELS[name].naming("released").table(cfg), params[role])
+        write_safetensors(tmp_path / f"{name}.safetensors", tensors)
+        arguments = ["to-jax", tmp_path / f"{name}.safetensors", "--to", tmp_path / "weights"]
+        assert run_main(command.main, [str(argument) for argument in arguments]) == 0
+    shutil.copytree(folder / "tokenizer", tmp_path / "weights" / "tokenizer")
+    monkeypatch.setitem(config.PRESETS, "preview", PREVIEW)
+    pipe = load_pipeline("preview", tmp_path / "weights")
+    assert pipe.preset.dit.dtype == ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    jax.tree.map(np.testing.assert_array_equal, pipe.params, params)
+    made = pipe.generate(request(folder, frames=5), options_of_one_step())
+    assert made.frames.shape == (5, 48, 32, 3) and made.frames.std() > 0
+    with pytest.raises(UserError, match="dtype must be float32 or bfloat16, got 'float16'"):
+        load_pipeline("preview", tmp_path / "weights", dtype="float16")
+    half = load_pipeline("preview", tmp_path / "weights", dtype="bfloat16")
+    near = half.generate(request(folder, frames=5), options_of_one_step()).frames
+    difference = np.abs(near.astype(int) - made.frames)
+    assert 0 < difference.max() and difference.mean() < 4  # of 255

@@ -283,6 +283,10 @@ def test_inspect_compares_the_bytes_of_converted_weights_with_their_record(
         name = data.relative_to(out / "vae")
         assert f"changed since they were written: {name}; convert the weights again\n" in capsys.readouterr().out
     assert run("inspect", out / "clip") == 0
+    (out / "clip" / RECORD).write_text("{")  # cannot be read at all; the others are described all the same
+    assert run("inspect", out) == 1
+    printed = capsys.readouterr().out
+    assert f"{out}/vae\n" in printed and f"damaged    {out}/clip/{RECORD} is damaged" in printed
 
 
 def test_other_sizes_are_refused_with_the_settings_that_would_fit(tensors_of, write, tmp_path, capsys):
