@@ -19,20 +19,24 @@ def make_parser() -> command_line.Parser:
     parser.add_argument("--out", default="out/demo.mp4", help="the video (default: out/demo.mp4)")
     parser.add_argument("--sheet", help="also a contact sheet, a PNG (default: out/demo.png when --out is not given)")
     parser.add_argument(
-        "--face", help="where the voice may act: y1,y2,x1,x2 in pixels of the image (default: everywhere)"
+        "--face",
+        help="where the voice may act: y1,y2,x1,x2 in pixels of the image, or a .npy box (default: everywhere)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
     return parser
 
 
-def parse_face(text: str | None) -> tuple[float, float, float, float] | None:
-    """ "y1,y2,x1,x2" -> four numbers."""
+def parse_face(text: str | None) -> tuple[float, float, float, float] | str | None:
+    """ "y1,y2,x1,x2" -> four numbers; the path of a .npy file stays one."""
     if text is None:
         return None
+    if text.lower().endswith(".npy"):
+        media.check_readable(text, "face box")
+        return text
     try:
         y1, y2, x1, x2 = (float(part) for part in text.split(","))
     except ValueError:
-        raise UserError(f"--face must be four numbers y1,y2,x1,x2 in pixels, got {text!r}") from None
+        raise UserError(f"--face must be four numbers y1,y2,x1,x2 in pixels or a .npy file, got {text!r}") from None
     return y1, y2, x1, x2
 
 

@@ -63,8 +63,9 @@ class Request:
     """What is asked for.
 
     image: [H, W, 3] uint8, or a path. audio: [n] at 16 kHz, or a path. prompt: not empty.
-    frames: 4k + 1; None: as many as the audio lasts, at most the preset's. face: (y1, y2, x1, x2) in pixels of the
-    image, where the voice may act; None: everywhere. Noise follows from the seed.
+    frames: 4k + 1; None: as many as the audio lasts, at most the preset's. face: where the voice may act, as
+    (y1, y2, x1, x2) in pixels of the image, or a path to a .npy file (`media.load_face_box`); None: everywhere. Noise
+    follows from the seed.
     """
 
     image: Any
@@ -72,7 +73,7 @@ class Request:
     prompt: str
     frames: int | None = None
     seed: int = 0
-    face: tuple[float, float, float, float] | None = None
+    face: tuple[float, float, float, float] | str | os.PathLike | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +143,8 @@ def read_request(request: Request, preset: Preset, words: Any = None) -> Ready:
     else:
         image = media.check_image(request.image)
     box, (height, width) = request.face, image.shape[:2]
+    if isinstance(box, str | os.PathLike):
+        box = media.load_face_box(box, height, width)
     image, note = media.fit_image(image, *fitted_size(height, width, preset))
     notes += [note] if note else []
     if box is not None and preset.dit.audio_windows is not None:

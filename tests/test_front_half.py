@@ -137,6 +137,15 @@ def test_a_prompt_too_long_is_refused_not_cut(preview):
         preview.words.encode([" ".join(["a woman talks"] * 10)])
 
 
+def test_a_face_box_may_be_a_file(preview, folder):
+    np.save(folder / "face.npy", np.array([0, 90, 0, 120, 180, 120]))  # found in the picture at twice its size
+    from_file, from_numbers = (
+        read_request(request(folder, face=face), PREVIEW, preview.words).face
+        for face in (folder / "face.npy", (0, 45, 0, 60))
+    )
+    assert from_file == from_numbers
+
+
 def test_no_tokenizer(tmp_path):
     with pytest.raises(UserError, match="holds no tokenizer that can be read .*: copy google/umt5-xxl"):
         UMT5Tokenizer(tmp_path, 24)

@@ -54,7 +54,11 @@ BAD = {
     "picture as sound": (["--audio", "good.png"], "recording good.png"),
     "empty prompt": (["--prompt", "  "], "the prompt is empty"),
     "long prompt": (["--prompt", "puppet " * 99], "has 99 words"),
-    "three numbers of a face": (["--face", "1,2,3"], "--face must be four numbers y1,y2,x1,x2 in pixels, got '1,2,3'"),
+    "three numbers of a face": (
+        ["--face", "1,2,3"],
+        "--face must be four numbers y1,y2,x1,x2 in pixels or a .npy file, got '1,2,3'",
+    ),
+    "a face file that is not there": (["--face", "none.npy"], "face box none.npy does not exist"),
     "face of words": (["--face", "a,b,c,d"], "--face must be four numbers"),
     "face outside": (["--face", "0,80,0,80"], "face box (0.0, 80.0, 0.0, 80.0) (y1, y2, x1, x2) is empty or outside"),
     "seed of letters": (["--seed", "x"], "--seed: invalid int value: 'x'"),

@@ -2,6 +2,7 @@
 
 from emv3_jax.files import atomic_path, check_readable, check_writable
 from emv3_jax.media.audio import check_wave, load_audio
+from emv3_jax.media.face_box import load_face_box
 from emv3_jax.media.image import check_image, fit_image, load_image, to_uint8
 from emv3_jax.media.sheet import contact_sheet
 from emv3_jax.media.video import VideoWriter, read_video
@@ -16,6 +17,7 @@ __all__ = [
     "contact_sheet",
     "fit_image",
     "load_audio",
+    "load_face_box",
     "load_image",
     "read_video",
     "to_uint8",
