@@ -14,10 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from emv3_jax.config import DiTConfig
-from emv3_jax.diffusion.flow import flow_grid
 from emv3_jax.diffusion.guidance import Branch, ModelVelocity, branches, dynamic_scale, guide, stack_branches
 from emv3_jax.diffusion.sampler import sample
-from emv3_jax.diffusion.solvers import euler
+from emv3_jax.diffusion.solvers import sampler_named
 from emv3_jax.models.dit import Conditions, DiT
 
 
@@ -26,6 +25,7 @@ class Loop:
     """How the released loop was called for one golden run."""
 
     steps: int
+    sampler: str = "flow"
     text_scale: float = 1.0
     audio_scale: float = 1.0
     dynamic: bool = False  # both scales by the dynamic formula
@@ -36,6 +36,8 @@ class Loop:
 LOOPS: dict[str, Loop] = {
     "flow_plain": Loop(steps=5, text_scale=4.0, audio_scale=2.9),
     "flow_neg_dyn": Loop(steps=6, text_scale=4.0, audio_scale=2.9, dynamic=True, neg_scale=1.5, neg_steps=2),
+    "unipc": Loop(steps=8, sampler="unipc", text_scale=4.0, audio_scale=2.9),
+    "dpmpp": Loop(steps=8, sampler="dpmpp", text_scale=4.0, audio_scale=2.9),
     "nocfg": Loop(steps=4),
 }
 
@@ -98,6 +100,7 @@ def replay(
         contexts = jax.tree.map(lambda leaf: leaf[stage_of_step[i]], staged)
         return guide(model, contexts, text_scale, audio_scale, together)(x, t, i)
 
-    grid = flow_grid(loop.steps, shift=5.0)
-    got = sample(velocity, euler(grid), grid, channels_last(golden["latents"]))
+    sampler = sampler_named(loop.sampler)
+    grid = sampler.grid(loop.steps, 5.0)
+    got = sample(velocity, sampler.solver(grid), grid, channels_last(golden["latents"]))
     return np.asarray(got), np.asarray(channels_last(golden[name]))

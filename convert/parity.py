@@ -36,7 +36,7 @@ from emv3_jax.config import (
     VAEConfig,
     Wav2Vec2Config,
 )
-from emv3_jax.diffusion import flow, solvers
+from emv3_jax.diffusion import solvers
 from emv3_jax.errors import UserError
 from emv3_jax.layers import rotary_frequencies
 from emv3_jax.models.audio_tokens import audio_ranges
@@ -213,14 +213,14 @@ def masks(golden: Golden) -> Pair:
     return mask_channels(channels_last(g["pixel_mask"])), channels_last(g["out"])
 
 
-def flow_scheduler(golden: Golden, steps: int, what: str) -> Pair:
-    """Grid or trajectory of the Flow sampler for v(x, t) = sin(1.7 x + t/300) + 0.3 x."""
+def scheduler(golden: Golden, name: str, steps: int, what: str) -> Pair:
+    """Grid or trajectory of a sampler for v(x, t) = sin(1.7 x + t/300) + 0.3 x."""
     g = golden.arrays("schedulers")
-    want = g[f"flow{steps}_{what}"]
-    grid = flow.flow_grid(steps, shift=5.0)
+    want, sampler = g[f"{name}{steps}_{what}"], solvers.SAMPLERS[name]
+    grid = sampler.grid(steps, 5.0)
     if what != "x":
         return getattr(grid, what), want
-    solver, states = solvers.euler(grid), [want[0]]
+    solver, states = sampler.solver(grid), [want[0]]
     state = solver.init(states[0])
     for i, t in enumerate(grid.timesteps):
         v = np.sin(1.7 * states[-1] + t / 300) + 0.3 * states[-1]
@@ -266,10 +266,16 @@ CASES = (
     *wav2vec2_cases("wav2vec2_tiny", WAV2VEC2_TINY),
     Case("mask_latents", "mask_latents", 1e-5, masks),
     *(
-        Case(f"schedulers.flow{n}_{what}", "schedulers", 1e-5, functools.partial(flow_scheduler, steps=n, what=what))
+        Case(
+            f"schedulers.{name}{n}_{what}",
+            "schedulers",
+            1e-5,
+            functools.partial(scheduler, name=name, steps=n, what=what),
+        )
+        for name in solvers.SAMPLERS
         for n in (5, 8, 25)
         for what in ("timesteps", "sigmas", "x")
-    ),
+    ),  # fmt: skip
     *(
         Case(f"loop_preview.{name}", "loop_preview", 1e-4, functools.partial(loop_preview, name=name))
         for name in golden_loops.LOOPS
@@ -293,7 +299,7 @@ FULL_CASES = (
 # Golden values that nothing here computes yet; printed, so that a reader of the table knows.
 NOT_COVERED = (
     "loop_flash", "loop_long",
-    "loop_preview: unipc, dpmpp, teacache12, teacache12_linear", "schedulers: unipc, dpmpp",
+    "loop_preview: teacache12, teacache12_linear",
 )  # fmt: skip
 
 

@@ -95,11 +95,39 @@ def flow_grid(steps: int, shift: float = 5.0) -> TimeGrid:
     Raises:
       UserError: fewer than one step, or a shift that is not positive.
     """
-    if steps < 1:
-        raise UserError(f"a sampler needs at least one step, got {steps}")
-    if shift <= 0:
-        raise UserError(f"the timestep shift must be positive, got {shift}")
+    _check_grid(steps, shift)
     # The released scheduler keeps its 1000-entry table in float32 and the grid in float64; so does this line.
     lowest = shift_sigma(np.float32(1.0 / T_MAX), shift)
     sigmas = shift_sigma(np.linspace(T_MAX, T_MAX * float(lowest), steps) / T_MAX, shift).astype(np.float32)
     return TimeGrid(timesteps=sigmas * np.float32(T_MAX), sigmas=np.append(sigmas, np.float32(0.0)))
+
+
+def dpmpp_grid(steps: int, shift: float = 5.0) -> TimeGrid:
+    """The released DPM++ grid: sigma evenly spaced from 1 to 0, shifted; timesteps are cut to whole numbers (SPEC 4).
+
+    Raises:
+      UserError: as `flow_grid`.
+    """
+    return _even_grid(steps, shift, 1.0)
+
+
+def unipc_grid(steps: int, shift: float = 5.0) -> TimeGrid:
+    """The released UniPC grid: as DPM++'s, but from 0.999, since UniPC's formulas fail at sigma 1 (SPEC section 4).
+
+    Raises:
+      UserError: as `flow_grid`.
+    """
+    return _even_grid(steps, shift, 1.0 - 1.0 / T_MAX)
+
+
+def _even_grid(steps: int, shift: float, highest: float) -> TimeGrid:
+    _check_grid(steps, shift)
+    sigmas = shift_sigma(np.linspace(highest, 0.0, steps + 1), shift)
+    return TimeGrid(timesteps=np.floor(sigmas[:-1] * T_MAX).astype(np.float32), sigmas=sigmas.astype(np.float32))
+
+
+def _check_grid(steps: int, shift: float) -> None:
+    if steps < 1:
+        raise UserError(f"a sampler needs at least one step, got {steps}")
+    if shift <= 0:
+        raise UserError(f"the timestep shift must be positive, got {shift}")

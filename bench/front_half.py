@@ -1,0 +1,103 @@
+"""From a photo, a recording and a prompt to full-size Conditions: python -m bench.front_half ../shared/media
+
+MEDIA holds photo_02.jpg, photo_02_face.npy, photo_02_prompt.txt and speech_20.wav. Files, tokens, sizes, masks,
+resampling and alignment are real and so are the models' sizes; their weights are random, and umT5's are bfloat16 as
+released, so features mean nothing. The tokenizer is a small stand-in. Needs about 18 GB. Prints one row a stage, for
+preview and flash, and checks that the transformer takes what comes out.
+"""
+
+import argparse
+import pathlib
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from bench.conversion import tokenizer
+from emv3_jax import conditioning
+from emv3_jax.config import FLASH, PREVIEW, Preset
+from emv3_jax.models.dit import DiT
+from emv3_jax.pipeline import Pipeline, Request, expected_params, read_request
+from emv3_jax.tokenizers import UMT5Tokenizer
+
+BLOCK = 1_000_003  # values that are drawn; larger arrays repeat them
+
+
+def random_weights(shapes: Any, dtype: Any = np.float32) -> Any:
+    """A tree of the wanted shapes, small enough everywhere that features stay finite."""
+    noise = np.random.default_rng(0).standard_normal(BLOCK, np.float32)
+
+    def leaf(path: tuple, like: jax.ShapeDtypeStruct) -> jax.Array:
+        width = max(int(np.prod(like.shape[-2:-1])), 64)
+        gain = path[-1].key in ("scale", "gamma", "g")
+        block = 1 + 0.1 * noise if gain else noise / np.sqrt(width)
+        return jax.device_put(np.resize(block.astype(dtype), like.shape))
+
+    return jax.tree_util.tree_map_with_path(leaf, shapes)
+
+
+def timed(stage: str, work: Callable[[], Any]) -> Any:
+    """Runs a stage and prints its row; peaks are of the whole run so far."""
+    start = time.perf_counter()
+    out = jax.block_until_ready(work())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"| {stage} | {time.perf_counter() - start:.1f} s | {peak:.1f} GB |", flush=True)
+    return out
+
+
+def run(preset: Preset, media: pathlib.Path, frames: int, words: UMT5Tokenizer, encoders: dict[str, Any]) -> None:
+    """One preset, from files to Conditions."""
+    request = Request(
+        image=media / "photo_02.jpg",
+        audio=media / "speech_20.wav",
+        prompt=(media / "photo_02_prompt.txt").read_text(),
+        frames=frames,
+        face=media / "photo_02_face.npy",
+    )
+    shapes = expected_params(preset)
+    ready = timed(f"{preset.name}: files read, resized, resampled", lambda: read_request(request, preset, words))
+    parts = {role: random_weights(shapes[role]) for role in ("speech", "vae")}
+    pipe = Pipeline(preset, {**parts, "dit": {}}, words=words)
+    prepared, given = timed(f"{preset.name}: speech encoder and VAE", lambda: pipe.prepare(ready))
+    encode = jax.jit(conditioning.encode, static_argnums=1)
+    cond = timed(f"{preset.name}: umT5 and CLIP", lambda: encode(encoders, preset, prepared, given))
+    dit = DiT(preset.dit)
+    jax.eval_shape(lambda p, c: dit.apply({"params": p}, c, method="context"), shapes["dit"], cond)
+    for note in ready.notes:
+        print(f"note: {note}")
+    for name, value in vars(cond).items():
+        x = np.asarray(value, np.float32)
+        assert np.isfinite(x).all(), name
+        print(f"  {name:12s} {list(x.shape)} {value.dtype}, mean {x.mean():.3f}, deviation {x.std():.3f}")
+
+
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("media", type=pathlib.Path)
+    parser.add_argument("--frames", type=int, default=5, help="4k + 1 up to 113; the VAE takes most of the time")
+    args = parser.parse_args()
+    shapes = expected_params(PREVIEW)
+    print("| stage | time | peak memory |\n| --- | --- | --- |")
+    encoders = timed(
+        "random weights of umT5 (bfloat16) and CLIP",
+        lambda: {
+            "text": random_weights(shapes["text"], ml_dtypes.bfloat16), "image": random_weights(shapes["image"])
+        },
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer(pathlib.Path(folder))
+        words = UMT5Tokenizer(folder, PREVIEW.dit.text_len)
+        for preset in (PREVIEW, FLASH):
+            run(preset, args.media, args.frames, words, encoders)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
