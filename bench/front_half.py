@@ -2,8 +2,8 @@
 
 MEDIA holds photo_02.jpg, photo_02_face.npy, photo_02_prompt.txt and speech_20.wav. Files, tokens, sizes, masks,
 resampling and alignment are real and so are the models' sizes; their weights are random, and umT5's are bfloat16 as
-released, so features mean nothing. The tokenizer is a small stand-in. Needs about 18 GB. Prints one row a stage, for
-preview and flash, and checks that the transformer takes what comes out.
+released, so features mean nothing. The tokenizer is a small stand-in. One model at a time is in memory; umT5 needs
+about 14 GB. Prints one row a stage, for preview and flash, and checks that the transformer takes what comes out.
 """
 
 import argparse
@@ -16,16 +16,20 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
 from bench.conversion import tokenizer
 from emv3_jax import conditioning
 from emv3_jax.config import FLASH, PREVIEW, Preset
-from emv3_jax.models.dit import DiT
-from emv3_jax.pipeline import Pipeline, Request, expected_params, read_request
+from emv3_jax.media import fit_image, load_image
+from emv3_jax.models import clip
+from emv3_jax.models.dit import Conditions, DiT
+from emv3_jax.pipeline import Pipeline, Request, expected_params, fitted_size, read_request
 from emv3_jax.tokenizers import UMT5Tokenizer
 
+PHOTO, FACE, PROMPT, SPEECH = "photo_02.jpg", "photo_02_face.npy", "photo_02_prompt.txt", "speech_20.wav"
 BLOCK = 1_000_003  # values that are drawn; larger arrays repeat them
 
 
@@ -36,8 +40,11 @@ def random_weights(shapes: Any, dtype: Any = np.float32) -> Any:
     def leaf(path: tuple, like: jax.ShapeDtypeStruct) -> jax.Array:
         width = max(int(np.prod(like.shape[-2:-1])), 64)
         gain = path[-1].key in ("scale", "gamma", "g")
-        block = 1 + 0.1 * noise if gain else noise / np.sqrt(width)
-        return jax.device_put(np.resize(block.astype(dtype), like.shape))
+        block = (1 + 0.1 * noise if gain else noise / np.sqrt(width)).astype(dtype)
+        out = np.empty(like.size, dtype)
+        for start in range(0, like.size, BLOCK):
+            out[start : start + BLOCK] = block[: like.size - start]
+        return jnp.asarray(out.reshape(like.shape))
 
     return jax.tree_util.tree_map_with_path(leaf, shapes)
 
@@ -51,22 +58,36 @@ def timed(stage: str, work: Callable[[], Any]) -> Any:
     return out
 
 
-def run(preset: Preset, media: pathlib.Path, frames: int, words: UMT5Tokenizer, encoders: dict[str, Any]) -> None:
+def encode(words: UMT5Tokenizer, media: pathlib.Path) -> tuple[jax.Array, jax.Array]:
+    """States of the prompt [1, 512, 4096] and of the picture [1, 257, 1280], which are the same for both presets."""
+    shapes = expected_params(PREVIEW)
+    ids, mask = words.encode([(media / PROMPT).read_text()])
+    params = timed("umT5: random weights", lambda: {"text": random_weights(shapes["text"], ml_dtypes.bfloat16)})
+    text = timed(
+        "umT5", lambda: jax.jit(conditioning.encode_text, static_argnums=1)(params, PREVIEW, ids, mask)
+    )  # fmt: skip
+    del params
+    params = random_weights(shapes["image"])
+    picture, _ = load_image(media / PHOTO)
+    picture, _ = fit_image(picture, *fitted_size(*picture.shape[:2], PREVIEW))
+    pixels = clip.preprocess(jnp.asarray(picture[None], jnp.float32) / 127.5 - 1, PREVIEW.image.image_size)
+    image = timed("CLIP", lambda: jax.jit(clip.CLIPVision(PREVIEW.image).apply)({"params": params}, pixels))
+    return text, image
+
+
+def run(preset: Preset, media: pathlib.Path, frames: int, words: UMT5Tokenizer, text: Any, image: Any) -> None:
     """One preset, from files to Conditions."""
     request = Request(
-        image=media / "photo_02.jpg",
-        audio=media / "speech_20.wav",
-        prompt=(media / "photo_02_prompt.txt").read_text(),
-        frames=frames,
-        face=media / "photo_02_face.npy",
-    )
+        image=media / PHOTO, audio=media / SPEECH, prompt=(media / PROMPT).read_text(), frames=frames, face=media / FACE
+    )  # fmt: skip
     shapes = expected_params(preset)
     ready = timed(f"{preset.name}: files read, resized, resampled", lambda: read_request(request, preset, words))
     parts = {role: random_weights(shapes[role]) for role in ("speech", "vae")}
     pipe = Pipeline(preset, {**parts, "dit": {}}, words=words)
     prepared, given = timed(f"{preset.name}: speech encoder and VAE", lambda: pipe.prepare(ready))
-    encode = jax.jit(conditioning.encode, static_argnums=1)
-    cond = timed(f"{preset.name}: umT5 and CLIP", lambda: encode(encoders, preset, prepared, given))
+    cond = Conditions(
+        given=given, text=text, image=image, audio=prepared.audio, face_mask=prepared.face_mask, audio_scale=np.ones(1)
+    )
     dit = DiT(preset.dit)
     jax.eval_shape(lambda p, c: dit.apply({"params": p}, c, method="context"), shapes["dit"], cond)
     for note in ready.notes:
@@ -74,7 +95,7 @@ def run(preset: Preset, media: pathlib.Path, frames: int, words: UMT5Tokenizer, 
     for name, value in vars(cond).items():
         x = np.asarray(value, np.float32)
         assert np.isfinite(x).all(), name
-        print(f"  {name:12s} {list(x.shape)} {value.dtype}, mean {x.mean():.3f}, deviation {x.std():.3f}")
+        print(f"  {name:12s} {list(x.shape)} {value.dtype}, mean {x.mean():.3f}, deviation {x.std():.3f}", flush=True)
 
 
 def main() -> int:
@@ -83,19 +104,13 @@ def main() -> int:
     parser.add_argument("media", type=pathlib.Path)
     parser.add_argument("--frames", type=int, default=5, help="4k + 1 up to 113; the VAE takes most of the time")
     args = parser.parse_args()
-    shapes = expected_params(PREVIEW)
     print("| stage | time | peak memory |\n| --- | --- | --- |")
-    encoders = timed(
-        "random weights of umT5 (bfloat16) and CLIP",
-        lambda: {
-            "text": random_weights(shapes["text"], ml_dtypes.bfloat16), "image": random_weights(shapes["image"])
-        },
-    )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         tokenizer(pathlib.Path(folder))
         words = UMT5Tokenizer(folder, PREVIEW.dit.text_len)
+        text, image = encode(words, args.media)
         for preset in (PREVIEW, FLASH):
-            run(preset, args.media, args.frames, words, encoders)
+            run(preset, args.media, args.frames, words, text, image)
     return 0
 
 

@@ -20,10 +20,13 @@ def get_config() -> ml_collections.ConfigDict:
             "enlarge": 6,  # the video is so many times larger than the model's pictures
             # how the velocity is followed
             "sampling": {
+                "sampler": "flow",  # or unipc, dpmpp
                 "steps": 12,
                 "shift": 3.0,
                 "text_scale": 1.0,
                 "audio_scale": 2.0,
+                "text_dynamic": False,  # falls to half of the scale on the way
+                "audio_dynamic": False,
                 "negative_prompt": "",
             },
         }

@@ -1,4 +1,5 @@
-"""Whole sampling runs of the released program, replayed with this one: `loop_preview.npz` of the golden data.
+"""Whole sampling runs of the released program, replayed with this one: `loop_preview.npz` and `loop_flash.npz` of the
+golden data.
 
 Used by the parity command and by the tests. Parameters come from the converter; what is run here is the sampler,
 the guidance and the solver that users run.
@@ -31,6 +32,7 @@ class Loop:
     dynamic: bool = False  # both scales by the dynamic formula
     neg_scale: float = 1.0  # factor of the negative embedding at each of the steps 0..neg_steps, piling up
     neg_steps: int = 0
+    file: str = "loop_preview"  # of the golden data
 
 
 LOOPS: dict[str, Loop] = {
@@ -39,6 +41,7 @@ LOOPS: dict[str, Loop] = {
     "unipc": Loop(steps=8, sampler="unipc", text_scale=4.0, audio_scale=2.9),
     "dpmpp": Loop(steps=8, sampler="dpmpp", text_scale=4.0, audio_scale=2.9),
     "nocfg": Loop(steps=4),
+    "unipc8": Loop(steps=8, sampler="unipc", audio_scale=3.0, file="loop_flash"),
 }
 
 
@@ -61,7 +64,7 @@ def branch_conditions(golden: Mapping[str, np.ndarray], cfg: DiTConfig, branch: 
         text=jnp.asarray(padded_text(text, cfg)[None], jnp.float32),
         image=jnp.asarray(golden["clip"]),
         audio=jnp.asarray(golden["audio"]) * float(branch.audio),
-        face_mask=jnp.asarray(golden["face_mask"]),
+        face_mask=jnp.asarray(golden.get("face_mask", np.ones((1, given.shape[2] * given.shape[3] // 4)))),
         audio_scale=jnp.ones(given.shape[0]),
     )
 
@@ -73,8 +76,8 @@ def replay(
 
     Args:
       name: a key of LOOPS.
-      golden: the arrays of `loop_preview.npz`.
-      cfg, params: the tiny preview transformer, converted.
+      golden: the arrays of its file.
+      cfg, params: the tiny transformer of its file, converted.
       together: guidance branches as one batch, or in turn.
 
     Returns:

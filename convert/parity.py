@@ -98,15 +98,10 @@ def load_tensor_for(path: Path) -> Callable[..., np.ndarray]:
     return module.tensor_for
 
 
+@functools.lru_cache(maxsize=1)
 def dit_params(golden: Golden, manifest: str, cfg: DiTConfig) -> dict:
     """Parameters of a transformer."""
     return golden.params(manifest, dit.table(cfg), dit.target_tree(cfg))
-
-
-@functools.cache
-def dit_tiny_params(golden: Golden) -> dict:
-    """Parameters of the preview transformer that all loops run on."""
-    return dit_params(golden, "dit_preview_tiny", DIT_TINY)
 
 
 def dit_inputs(golden: Golden, name: str, cfg: DiTConfig) -> dict:
@@ -229,10 +224,14 @@ def scheduler(golden: Golden, name: str, steps: int, what: str) -> Pair:
     return np.stack(states), want
 
 
-def loop_preview(golden: Golden, name: str) -> Pair:
-    """A whole sampling run of the tiny preview transformer."""
-    params = dit_tiny_params(golden)
-    return golden_loops.replay(name, golden.arrays("loop_preview"), DIT_TINY, params)
+LOOP_MODELS = {"loop_preview": ("dit_preview_tiny", DIT_TINY), "loop_flash": ("dit_flash_tiny", DIT_FLASH_TINY)}
+
+
+def loop(golden: Golden, name: str) -> Pair:
+    """A whole sampling run of a tiny transformer."""
+    file = golden_loops.LOOPS[name].file
+    manifest, cfg = LOOP_MODELS[file]
+    return golden_loops.replay(name, golden.arrays(file), cfg, dit_params(golden, manifest, cfg))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -277,8 +276,8 @@ CASES = (
         for what in ("timesteps", "sigmas", "x")
     ),  # fmt: skip
     *(
-        Case(f"loop_preview.{name}", "loop_preview", 1e-4, functools.partial(loop_preview, name=name))
-        for name in golden_loops.LOOPS
+        Case(f"{one.file}.{name}", one.file, 1e-4, functools.partial(loop, name=name))
+        for name, one in golden_loops.LOOPS.items()
     ),
 )
 
@@ -298,8 +297,7 @@ FULL_CASES = (
 
 # Golden values that nothing here computes yet; printed, so that a reader of the table knows.
 NOT_COVERED = (
-    "loop_flash", "loop_long",
-    "loop_preview: teacache12, teacache12_linear",
+    "loop_long", "loop_preview: teacache12, teacache12_linear",
 )  # fmt: skip
 
 

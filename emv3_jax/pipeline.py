@@ -15,7 +15,7 @@ from flax import linen as nn
 
 from emv3_jax import checkpoint, conditioning, converted, tasks
 from emv3_jax.config import FPS, PRESETS, RATE, Preset
-from emv3_jax.diffusion import flow, guidance, solvers
+from emv3_jax.diffusion import guidance, solvers
 from emv3_jax.diffusion import sampler as sampling
 from emv3_jax.diffusion.phda import PhDAConfig
 from emv3_jax.errors import UserError
@@ -38,17 +38,22 @@ OnStep = Callable[[int, int], None]
 class SamplingOptions:
     """How the velocity is followed.
 
-    steps: solver steps. shift: of the time grid (SPEC 4). text_scale, audio_scale: guidance; 1 is none.
+    sampler: a key of solvers.SAMPLERS. steps: of the solver. shift: of the time grid (SPEC 4). text_scale, audio_scale:
+    guidance; 1 is none. text_dynamic, audio_dynamic: that scale falls to its half on the way (dynamic CFG, SPEC 4).
     negative_prompt: what guidance moves away from; the demo was trained with the empty one.
     """
 
+    sampler: str = "flow"
     steps: int = 12
     shift: float = 3.0
     text_scale: float = 1.0
     audio_scale: float = 2.0
+    text_dynamic: bool = False
+    audio_dynamic: bool = False
     negative_prompt: str = ""
 
     def __post_init__(self):
+        solvers.sampler_named(self.sampler)
         if self.steps < 1:
             raise UserError(f"steps must be at least 1, got {self.steps}")
         for name in ("text_scale", "audio_scale"):
@@ -56,6 +61,13 @@ class SamplingOptions:
                 raise UserError(f"{name} must be a number of 0 or more, got {getattr(self, name)}")
         if not np.isfinite(self.shift) or self.shift <= 0:
             raise UserError(f"shift must be a number above 0, got {self.shift}")
+
+    @property
+    def scales(self) -> tuple[guidance.Scale, guidance.Scale]:
+        """Of text and audio: numbers, or tables with one number a step."""
+        pairs = (self.text_scale, self.text_dynamic), (self.audio_scale, self.audio_dynamic)
+        text, audio = (guidance.dynamic_scale(scale, self.steps) if falls else scale for scale, falls in pairs)
+        return text, audio
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,11 +269,12 @@ class Pipeline:
         """Follows the guided velocity from noise [B, T, h, w, 16] to clean latents."""
         negative = self.words.encode([options.negative_prompt])
         encoders = {name: self.params[name] for name in ("text", "image")}
-        chain = guidance.branches(options.text_scale, options.audio_scale)
+        chain = guidance.branches(*options.scales)
         contexts = self._contexts(self._velocity, encoders, prepared, given, negative, chain=chain)
-        velocity = guidance.guide(self._velocity, contexts, options.text_scale, options.audio_scale)
-        grid = flow.flow_grid(options.steps, options.shift)
-        return sampling.sample(velocity, solvers.euler(grid), grid, noise, on_step)
+        velocity = guidance.guide(self._velocity, contexts, *options.scales)
+        sampler = solvers.sampler_named(options.sampler)
+        grid = sampler.grid(options.steps, options.shift)
+        return sampling.sample(velocity, sampler.solver(grid), grid, noise, on_step)
 
     def noise(self, seed: int, frames: int, size: tuple[int, int] | None = None) -> jax.Array:
         """Standard normal [1, T, h, w, 16], the same on every machine; size: in pixels, default the preset's."""

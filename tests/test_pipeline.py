@@ -220,6 +220,7 @@ def test_a_face_box_follows_its_image():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"sampler": "magic"}, "there is no sampler 'magic': one of flow, unipc, dpmpp"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"shift": float("nan")}, "shift must be a number above 0"),
         ({"text_scale": -1.0}, "text_scale must be a number of 0 or more, got -1.0"),

@@ -1,7 +1,5 @@
 """The loop on fields whose end point is known, in both of its forms."""
 
-import importlib.util
-import json
 from pathlib import Path
 
 import jax
@@ -9,19 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from convert import dit as dit_table
-from convert.engine import to_jax
 from convert.golden_loops import LOOPS, replay
-from emv3_jax.config import DiTConfig
+from convert.parity import LOOP_MODELS, Golden, dit_params, relative_error
 from emv3_jax.diffusion.flow import flow_grid
 from emv3_jax.diffusion.guidance import guide, stack_branches
 from emv3_jax.diffusion.sampler import sample
 from emv3_jax.diffusion.solvers import euler
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-TINY = DiTConfig(
-    width=48, heads=4, layers=2, ffn=96, time_features=32, text_width=24, text_len=12, audio_width=10, image_width=20
-)
 
 
 def test_constant_field_ends_exactly_one_velocity_below():
@@ -90,19 +83,11 @@ def test_solver_of_another_length_is_refused():
         sample(_wavy, euler(flow_grid(5)), flow_grid(4), jnp.zeros((1, 1)))
 
 
-@pytest.fixture(scope="module")
-def tiny_params():
-    """The golden stand-in weights of the tiny preview transformer, through the converter."""
-    spec = importlib.util.spec_from_file_location("golden_weights", GOLDEN / "weights.py")
-    weights = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(weights)
-    manifest = json.loads((GOLDEN / "manifests" / "dit_preview_tiny.json").read_text())
-    tensors = {key: weights.tensor_for(key, shape) for key, shape in manifest.items()}
-    return to_jax(dit_table.PREVIEW, tensors, dit_table.target_tree(TINY), "stand-in weights")
-
-
 @pytest.mark.parametrize(("name", "together"), [(name, True) for name in LOOPS] + [("flow_plain", False)])
-def test_whole_loop_ends_where_the_released_one_does(tiny_params, name, together):
+def test_whole_loop_ends_where_the_released_one_does(name, together):
+    golden, file = Golden(GOLDEN), LOOPS[name].file
+    manifest, cfg = LOOP_MODELS[file]
     with jax.default_matmul_precision("highest"):
-        got, wanted = replay(name, np.load(GOLDEN / "loop_preview.npz"), TINY, tiny_params, together)
-    assert np.abs(got - wanted).max() <= 1e-4 * np.abs(wanted).max()
+        params = dit_params(golden, manifest, cfg)
+        got, wanted = replay(name, golden.arrays(file), cfg, params, together)
+    assert relative_error(got, wanted) <= 1e-4
