@@ -18,6 +18,7 @@ from emv3_jax.config import DiTConfig
 from emv3_jax.diffusion.guidance import Branch, ModelVelocity, branches, dynamic_scale, guide, stack_branches
 from emv3_jax.diffusion.sampler import sample
 from emv3_jax.diffusion.solvers import sampler_named
+from emv3_jax.diffusion.step_cache import IDENTITY, StepCache
 from emv3_jax.models.dit import Conditions, DiT
 
 
@@ -32,6 +33,7 @@ class Loop:
     dynamic: bool = False  # both scales by the dynamic formula
     neg_scale: float = 1.0  # factor of the negative embedding at each of the steps 0..neg_steps, piling up
     neg_steps: int = 0
+    cache: StepCache | None = None
     file: str = "loop_preview"  # of the golden data
 
 
@@ -41,6 +43,10 @@ LOOPS: dict[str, Loop] = {
     "unipc": Loop(steps=8, sampler="unipc", text_scale=4.0, audio_scale=2.9),
     "dpmpp": Loop(steps=8, sampler="dpmpp", text_scale=4.0, audio_scale=2.9),
     "nocfg": Loop(steps=4),
+    "teacache12": Loop(steps=12, text_scale=4.0, audio_scale=2.9, cache=StepCache(0.1, start_steps=3)),
+    "teacache12_linear": Loop(
+        steps=12, text_scale=4.0, audio_scale=2.9, cache=StepCache(1.6, start_steps=2, polynomial=IDENTITY)
+    ),
     "unipc8": Loop(steps=8, sampler="unipc", audio_scale=3.0, file="loop_flash"),
 }
 
@@ -87,23 +93,20 @@ def replay(
     model = ModelVelocity(params, DiT(cfg))
     scales = (loop.text_scale, loop.audio_scale)
     chain = branches(*scales)
-    # The negative embedding grows for some steps and then stays: contexts for each stage of it, leaves [stage, R, ...].
-    prepare = jax.jit(ModelVelocity.contexts)
-    stages = [
-        prepare(
-            model, stack_branches([branch_conditions(golden, cfg, b, loop.neg_scale ** (stage + 1)) for b in chain])
-        )
-        for stage in range(loop.neg_steps + 1)
-    ]
-    staged = stack_branches(stages)
-    stage_of_step = jnp.minimum(jnp.arange(loop.steps), loop.neg_steps)
+    # The negative embedding grows for some steps and then stays: a context for each stage of it.
+    factors = loop.neg_scale ** (1.0 + np.arange(loop.neg_steps + 1))
+    pairs = [(branch, 1.0) for branch in chain[1:]] + [(chain[0], factor) for factor in factors]
+    rows = [branch_conditions(golden, cfg, *pair) for pair in pairs]
+    contexts = jax.jit(ModelVelocity.contexts)(model, stack_branches(rows))
     text_scale, audio_scale = (dynamic_scale(s, loop.steps) if loop.dynamic else s for s in scales)
-
-    def velocity(x: jax.Array, t: jax.Array, i: jax.Array) -> jax.Array:
-        contexts = jax.tree.map(lambda leaf: leaf[stage_of_step[i]], staged)
-        return guide(model, contexts, text_scale, audio_scale, together)(x, t, i)
-
     sampler = sampler_named(loop.sampler)
     grid = sampler.grid(loop.steps, 5.0)
+    stage = len(chain) - 1 + np.minimum(np.arange(loop.steps), loop.neg_steps)
+    others = np.broadcast_to(np.arange(len(chain) - 1), (loop.steps, len(chain) - 1))
+    velocity = guide(
+        model, contexts, text_scale, audio_scale, together,
+        rows=np.concatenate([stage[:, None], others], axis=1),
+        computed=loop.cache.computed_steps(model.modulation(grid.timesteps)) if loop.cache else None,
+    )  # fmt: skip
     got = sample(velocity, sampler.solver(grid), grid, channels_last(golden["latents"]))
     return np.asarray(got), np.asarray(channels_last(golden[name]))

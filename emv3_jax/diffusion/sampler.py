@@ -9,12 +9,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from emv3_jax.diffusion.flow import TimeGrid
 from emv3_jax.diffusion.solvers import Solver, State
 
-Velocity = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-Carry = tuple[jax.Array, State]
+Velocity = Any  # velocity(x, t, i) -> v, or an object with start(x) -> memory, advance(x, t, i, memory) -> (v, memory)
+Carry = tuple[jax.Array, State, Any]
 
 
 def as_pytree(function: Callable) -> Callable:
@@ -22,11 +23,26 @@ def as_pytree(function: Callable) -> Callable:
     return jax.tree_util.Partial(function) if jax.tree_util.all_leaves([function]) else function
 
 
+@struct.dataclass
+class Stateless:
+    """velocity(x, t, i), as one that has nothing to remember."""
+
+    velocity: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+    def start(self, x: jax.Array) -> tuple:
+        del x
+        return ()
+
+    def advance(self, x: jax.Array, t: jax.Array, i: jax.Array, memory: tuple) -> tuple[jax.Array, tuple]:
+        return self.velocity(x, t, i), memory
+
+
 def _advance(velocity: Velocity, solver: Solver, grid: TimeGrid, carry: Carry, i: jax.Array) -> Carry:
     """Step i: the whole of the loop's logic, for both ways of running it."""
-    x, state = carry
+    x, state, memory = carry
     t = jnp.full(x.shape[:1], jnp.asarray(grid.timesteps)[i])
-    return solver.step(state, x, velocity(x, t, i), i)
+    v, memory = velocity.advance(x, t, i, memory)
+    return *solver.step(state, x, v, i), memory
 
 
 def _follow(velocity: Velocity, solver: Solver, grid: TimeGrid, carry: Carry) -> Carry:
@@ -53,7 +69,8 @@ def sample(
     Args:
       velocity: velocity(x [B, ...], t [B] in [0, 1000], i) -> [B, ...]; i is the number of the step, from 0. A pytree
         (`guidance.guide` makes one) is compiled once and its arrays stay arguments; a plain function is compiled at
-        every call, with what it closes over as constants.
+        every call, with what it closes over as constants. One that remembers (a step cache) has the methods start and
+        advance instead.
       solver: made from the same grid, e.g. `euler(grid)`.
       grid: the times to visit.
       noise: where to start, float32 [B, ...]; normally standard normal.
@@ -65,8 +82,9 @@ def sample(
     """
     if solver.steps != grid.steps:
         raise ValueError(f"the solver was made for {solver.steps} steps, the grid has {grid.steps}")
-    velocity = as_pytree(velocity)
-    carry = (noise, solver.init(noise))
+    if not hasattr(velocity, "advance"):
+        velocity = Stateless(as_pytree(velocity))
+    carry = (noise, solver.init(noise), velocity.start(noise))
     if on_step is None:
         return _all_steps(velocity, solver, grid, carry)[0]
     for i in range(grid.steps):

@@ -3,11 +3,11 @@
 out = Wo( text(q) + image(q) + audio(q) ), q = RMS(Wq x). Keys and values do not depend on the noisy latents, so
 they are computed once per clip (`CrossKV`) and reused by every sampling step (`CDCA`).
 
-Axes: B batch, L tokens, S context tokens, T latent frames, N heads, K head width, D width.
+Axes: B batch, L tokens, P prompts, S context tokens, T latent frames, N heads, K head width, D width.
 
 Shapes at full size, 81 frames of 480x832, a layer:
   x, query  [B, 32760, 1536] -> [B, 32760, 12, 128]
-  text      keys and values [B, 512, 12, 128]
+  text      keys and values [B, P, 512, 12, 128] of P prompts, usually one
   image     keys and values [B, 257, 12, 128]
   audio     keys and values [B, 21, 17, 12, 128] (flash 32), each heard by the 1560 tokens of its latent frame
   out       [B, 32760, 1536]
@@ -34,7 +34,7 @@ class KV:
 
 @struct.dataclass
 class ModalityKV:
-    """Text [B, S, N, K], image [B, S, N, K], audio [B, T, S, N, K] (one segment per latent frame)."""
+    """Text [B, P, S, N, K], image [B, S, N, K], audio [B, T, S, N, K] (one segment per latent frame)."""
 
     text: KV
     image: KV
@@ -43,7 +43,7 @@ class ModalityKV:
 
 @struct.dataclass
 class Branches:
-    """How much each branch counts: text and image [B, 1, 1, 1], audio [B, L, 1, 1]; float32."""
+    """How much each branch counts: text [B, P, L, 1, 1], image [B, 1, 1, 1], audio [B, L, 1, 1]; float32."""
 
     text: jax.Array
     image: jax.Array
@@ -67,23 +67,32 @@ class KeysValues(nn.Module):
 
 
 class CrossKV(nn.Module):
-    """Keys and values of one layer from the embedded text, image and audio, each [B, S, D]."""
+    """Keys and values of one layer, a method a modality: (None, states [B, S, D]) -> (None, KV), for nn.scan."""
 
     cfg: DiTConfig
 
-    @nn.compact
-    def __call__(
-        self, carry: None, text: jax.Array, image: jax.Array, audio: jax.Array, segments: np.ndarray
-    ) -> tuple[None, ModalityKV]:
-        """`segments` [T, S] indexes audio tokens, one past the last being a zero vector. `carry` is for nn.scan."""
-        audio_kv = KeysValues(self.cfg, use_bias=self.cfg.audio_windows is not None, name="audio")(audio)
-        # mode="fill" turns the index past the end into zeros.
-        audio_kv = jax.tree.map(lambda x: jnp.take(x, segments, axis=1, mode="fill", fill_value=0), audio_kv)
-        return carry, ModalityKV(
-            text=KeysValues(self.cfg, name="text")(text),
-            image=KeysValues(self.cfg, name="image")(image),
-            audio=audio_kv,
-        )
+    def setup(self):
+        self.text = KeysValues(self.cfg)
+        self.image = KeysValues(self.cfg)
+        self.audio = KeysValues(self.cfg, use_bias=self.cfg.audio_windows is not None)
+
+    def text_kv(self, carry: None, states: jax.Array) -> tuple[None, KV]:
+        return carry, self.text(states)
+
+    def image_kv(self, carry: None, states: jax.Array) -> tuple[None, KV]:
+        return carry, self.image(states)
+
+    def audio_kv(self, carry: None, states: jax.Array) -> tuple[None, KV]:
+        return carry, self.audio(states)
+
+
+def by_frame(kv: KV, segments: np.ndarray) -> KV:
+    """Keys and values of audio tokens [..., A, N, K] -> of each latent frame's segment [..., T, S, N, K].
+
+    segments [T, S] indexes the tokens, one past the last being a zero vector.
+    """
+    # mode="fill" turns the index past the end into zeros.
+    return jax.tree.map(lambda x: jnp.take(x, segments, axis=-3, mode="fill", fill_value=0), kv)
 
 
 class CDCA(nn.Module):
@@ -102,7 +111,10 @@ class CDCA(nn.Module):
             nn.Dense(cfg.width, dtype=cfg.dtype, name="unused_audio_query")(x)
         q = RMSNorm(epsilon=1e-6, name="query_norm")(q).astype(cfg.dtype)
         q = q.reshape(batch, tokens, cfg.heads, cfg.head_width)
-        out = branches.text * attention(q, kv.text.key, kv.text.value)
+        out = sum(
+            branches.text[:, p] * attention(q, kv.text.key[:, p], kv.text.value[:, p])
+            for p in range(kv.text.key.shape[1])
+        )
         out = out + branches.image * attention(q, kv.image.key, kv.image.value)
         out = out + branches.audio * _attention_by_frame(q, kv.audio)
         out = out.reshape(batch, tokens, cfg.width)

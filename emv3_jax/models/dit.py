@@ -25,7 +25,7 @@ from emv3_jax.attention import attention
 from emv3_jax.config import DiTConfig
 from emv3_jax.layers import MLP, LayerNorm, RMSNorm, apply_rotary, gelu_exact, rotary_tables, sinusoidal_features
 from emv3_jax.models.audio_tokens import audio_encoder
-from emv3_jax.models.cdca import CDCA, Branches, CrossKV, ModalityKV
+from emv3_jax.models.cdca import CDCA, KV, Branches, CrossKV, ModalityKV, by_frame
 
 Rotary = tuple[jax.Array, jax.Array]
 
@@ -50,6 +50,7 @@ class Context:
 
     given: jax.Array  # [B, T, h, w, 4 + 16]
     kv: ModalityKV  # leading layer axis
+    text_share: jax.Array  # [B, P, T]: how much each prompt counts in each latent frame; one prompt: ones
     audio_gain: jax.Array  # [B, (h/2)·(w/2)]: face mask times audio scale
 
 
@@ -152,7 +153,8 @@ class DiT(nn.Module):
         layers = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "length": cfg.layers}
         shared = nn.broadcast
         self.blocks = nn.scan(block, in_axes=(0, shared, shared, shared), **layers)(cfg)
-        self.cross_kv = nn.scan(CrossKV, in_axes=(shared, shared, shared, shared), **layers)(cfg)
+        methods = ("text_kv", "image_kv", "audio_kv")
+        self.cross_kv = nn.scan(CrossKV, in_axes=shared, methods=methods, **layers)(cfg)
         self.patch_embedding = PatchEmbed(cfg)
         self.text_embedding = MLP(cfg.width, cfg.width, dtype=cfg.dtype)
         self.image_embedding = ImageEmbed(cfg)
@@ -170,14 +172,26 @@ class DiT(nn.Module):
     def context(self, cond: Conditions) -> Context:
         """Embeds the conditions and computes every layer's keys and values. Raises ValueError on a wrong shape."""
         _check_conditions(self.cfg, cond)
-        segments = self.audio_tokens.segments(
-            cond.audio.shape[1], cond.given.shape[1]
-        )  # refuses audio that does not fit
-        text, image, audio = (
-            self.text_embedding(cond.text), self.image_embedding(cond.image), self.audio_tokens(cond.audio)
-        )  # fmt: skip
-        _, kv = self.cross_kv(None, text, image, audio, segments)
-        return Context(given=cond.given, kv=kv, audio_gain=cond.face_mask * cond.audio_scale[:, None])
+        kv = ModalityKV(
+            text=self.text_kv(cond.text),
+            image=self.cross_kv.image_kv(None, self.image_embedding(cond.image))[1],
+            audio=self.audio_kv(cond.audio, cond.given.shape[1]),
+        )
+        share = jnp.ones((cond.given.shape[0], 1, cond.given.shape[1]))
+        return Context(given=cond.given, kv=kv, text_share=share, audio_gain=cond.face_mask * cond.audio_scale[:, None])
+
+    def text_kv(self, text: jax.Array) -> KV:
+        """Every layer's keys and values of one prompt: text [B, text_len, text_width] -> [layers, B, 1, S, N, K]."""
+        _, kv = self.cross_kv.text_kv(None, self.text_embedding(text))
+        return jax.tree.map(lambda x: x[:, :, None], kv)
+
+    def audio_kv(self, audio: jax.Array, latent_frames: int) -> KV:
+        """Every layer's keys and values of each latent frame's sound: Conditions.audio -> [layers, B, T, S, N, K].
+
+        Raises ValueError where the sound does not fit that many latent frames.
+        """
+        segments = self.audio_tokens.segments(audio.shape[1], latent_frames)
+        return by_frame(self.cross_kv.audio_kv(None, self.audio_tokens(audio))[1], segments)
 
     def velocity(
         self, x: jax.Array, t: jax.Array, context: Context, modality_weights: jax.Array | None = None
@@ -186,21 +200,50 @@ class DiT(nn.Module):
 
         modality_weights [B, 3]: how much text, image and audio count at t (PhDA, paper eq. 2); default ones.
         """
+        return self.velocity_and_residual(x, t, context, modality_weights)[0]
+
+    def velocity_and_residual(
+        self, x: jax.Array, t: jax.Array, context: Context, modality_weights: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """As `velocity`, and what the blocks added to the tokens [B, L, D], for `velocity_again`."""
+        cfg = self.cfg
+        before, grid = self._tokens(x, t, context)
+        weights = jnp.ones((x.shape[0], 3)) if modality_weights is None else modality_weights
+        text, image, audio = jnp.moveaxis(weights.astype(jnp.float32)[:, :, None, None, None], 1, 0)
+        area = grid[1] * grid[2]
+        share = jnp.repeat(context.text_share, area, axis=2)[..., None, None]
+        gain = jnp.tile(context.audio_gain, (1, grid[0]))[:, :, None, None]  # the same for every latent frame
+        parts = Branches(text[:, None] * share, image, audio * gain)
+        rotary = rotary_tables(grid, cfg.head_width, cfg.rope_theta, cfg.riflex)
+        after, _ = self.blocks(before, context.kv, self.modulation(t), rotary, parts)
+        return self._velocity_of(after, t, grid), after - before
+
+    def velocity_again(self, x: jax.Array, t: jax.Array, context: Context, residual: jax.Array) -> jax.Array:
+        """The velocity with what the blocks added at an earlier step instead of running them (SPEC 4, TeaCache)."""
+        before, grid = self._tokens(x, t, context)
+        return self._velocity_of(before + residual, t, grid)
+
+    def modulation(self, t: jax.Array) -> jax.Array:
+        """t [B] -> the six vectors that modulate every block [B, 6, D], float32."""
+        return self.time_projection(nn.silu(self._time(t))).reshape(-1, 6, self.cfg.width)
+
+    def _time(self, t: jax.Array) -> jax.Array:
+        return self.time_embedding(sinusoidal_features(t, self.cfg.time_features))
+
+    def _tokens(self, x: jax.Array, t: jax.Array, context: Context) -> tuple[jax.Array, tuple[int, int, int]]:
+        """The tokens that enter the blocks [B, L, D], and how many there are along time, height and width."""
         cfg = self.cfg
         if x.shape != (*context.given.shape[:-1], cfg.latent_channels) or t.shape != x.shape[:1]:
             raise ValueError(f"x {x.shape} and t {t.shape} do not fit conditions given as {context.given.shape}")
         grid = _grid(x.shape, cfg.patch)
-        weights = jnp.ones((x.shape[0], 3)) if modality_weights is None else modality_weights
-        text, image, audio = jnp.moveaxis(weights.astype(jnp.float32)[:, :, None, None, None], 1, 0)
-        gain = jnp.tile(context.audio_gain, (1, grid[0]))[:, :, None, None]  # the same for every latent frame
-        time = self.time_embedding(sinusoidal_features(t, cfg.time_features))
-        modulation = self.time_projection(nn.silu(time)).reshape(-1, 6, cfg.width)
-        rotary = rotary_tables(grid, cfg.head_width, cfg.rope_theta, cfg.riflex)
+        return self.patch_embedding(jnp.concatenate([x, context.given], axis=-1)), grid
 
-        tokens = self.patch_embedding(jnp.concatenate([x, context.given], axis=-1))
-        tokens, _ = self.blocks(tokens, context.kv, modulation, rotary, Branches(text, image, audio * gain))
-        patches = self.head(tokens, time).reshape(-1, *grid, *cfg.patch, cfg.latent_channels)
-        return jnp.einsum("BTHWpqrC->BTpHqWrC", patches).reshape(x.shape)
+    def _velocity_of(self, tokens: jax.Array, t: jax.Array, grid: tuple[int, int, int]) -> jax.Array:
+        """Tokens that leave the blocks -> velocity [B, T, h, w, 16]."""
+        cfg = self.cfg
+        patches = self.head(tokens, self._time(t)).reshape(-1, *grid, *cfg.patch, cfg.latent_channels)
+        sides = (side * step for side, step in zip(grid, cfg.patch, strict=True))
+        return jnp.einsum("BTHWpqrC->BTpHqWrC", patches).reshape(tokens.shape[0], *sides, cfg.latent_channels)
 
 
 def zero_inputs(cfg: DiTConfig, latent_frames: int = 1) -> tuple[jax.Array, jax.Array, Conditions]:

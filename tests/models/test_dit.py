@@ -10,7 +10,7 @@ from convert import parity
 from emv3_jax.config import DiTConfig
 from emv3_jax.layers import rotary_tables, sinusoidal_features
 from emv3_jax.models import audio_tokens
-from emv3_jax.models.cdca import Branches, CrossKV
+from emv3_jax.models.cdca import Branches, CrossKV, ModalityKV, by_frame
 from emv3_jax.models.dit import Block, DiT, Head, ImageEmbed, PatchEmbed
 
 GOLDEN = parity.Golden(Path(__file__).parents[1] / "golden")
@@ -66,14 +66,16 @@ def test_scan_equals_a_loop_over_layers(params, velocity, inputs):
     segments = audio_tokens.audio_segments(audio.shape[1], x.shape[1])
     grid = (x.shape[1], x.shape[2] // 2, x.shape[3] // 2)
     gain = jnp.tile(cond.face_mask * cond.audio_scale[:, None], (1, grid[0]))[..., None, None]
-    branches = Branches(jnp.ones((2, 1, 1, 1)), jnp.ones((2, 1, 1, 1)), gain)
+    branches = Branches(jnp.ones((2, 1, 1, 1, 1)), jnp.ones((2, 1, 1, 1)), gain)
     time = model.time_embedding(sinusoidal_features(t, CFG.time_features))
     modulation = model.time_projection(jax.nn.silu(time)).reshape(2, 6, CFG.width)
     rotary = rotary_tables(grid, CFG.head_width, CFG.rope_theta)
 
     @jax.jit
     def one_layer(tokens, block, cross):
-        _, kv = CrossKV(CFG).apply(cross, None, text, image, audio, segments)
+        pairs = {"text_kv": text[:, None], "image_kv": image, "audio_kv": audio}
+        text_kv, image_kv, audio_kv = (CrossKV(CFG).apply(cross, None, y, method=m)[1] for m, y in pairs.items())
+        kv = ModalityKV(text_kv, image_kv, by_frame(audio_kv, segments))
         return Block(CFG).apply(block, tokens, kv, modulation, rotary, branches)[0]
 
     tokens = PatchEmbed(CFG).apply(of("patch_embedding"), jnp.concatenate([x, cond.given], axis=-1))
@@ -169,10 +171,10 @@ def test_audio_segments_put_missing_tokens_at_the_end():
 def test_audio_is_heard_frame_by_frame(velocity, inputs):
     """Tokens that carry their own index show up in the values of the frames whose segment holds them."""
     tokens = jnp.arange(26.0)[None, :, None] * jnp.ones((1, 1, CFG.width))
-    zeros = jnp.zeros((1, 3, CFG.width))
     segments = audio_tokens.audio_segments(26, 4)
-    variables = CrossKV(CFG).init(jax.random.key(0), None, zeros, zeros, tokens, segments)
-    _, kv = CrossKV(CFG).apply(variables, None, zeros, zeros, tokens, segments)
-    assert kv.audio.value.shape == (1, 4, 17, CFG.heads, CFG.head_width)
-    level = np.asarray(kv.audio.value)[0, ..., 0, 0] / np.asarray(kv.audio.value)[0, 1, 1, 0, 0]
+    variables = CrossKV(CFG).init(jax.random.key(0), None, tokens, method="audio_kv")
+    _, kv = CrossKV(CFG).apply(variables, None, tokens, method="audio_kv")
+    value = np.asarray(by_frame(kv, segments).value)
+    assert value.shape == (1, 4, 17, CFG.heads, CFG.head_width)
+    level = value[0, ..., 0, 0] / value[0, 1, 1, 0, 0]
     np.testing.assert_allclose(level, np.where(segments == 26, 0, segments), atol=1e-4)
