@@ -1,5 +1,4 @@
-"""Whole sampling runs of the released program, replayed with this one: `loop_preview.npz` and `loop_flash.npz` of the
-golden data.
+"""Whole sampling runs of the released program, replayed with this one: `loop_*.npz` of the golden data.
 
 Used by the parity command and by the tests. Parameters come from the converter; what is run here is the sampler,
 the guidance and the solver that users run.
@@ -8,46 +7,49 @@ Axes: B batch, T latent frames, h w latent rows and columns, R guidance branches
 """
 
 import dataclasses
+import functools
+import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from emv3_jax import contexts, steps
 from emv3_jax.config import DiTConfig
-from emv3_jax.diffusion.guidance import Branch, ModelVelocity, branches, dynamic_scale, guide, stack_branches
+from emv3_jax.contexts import Window
+from emv3_jax.diffusion import long_video
+from emv3_jax.diffusion.guidance import ModelVelocity
 from emv3_jax.diffusion.sampler import sample
-from emv3_jax.diffusion.solvers import sampler_named
 from emv3_jax.diffusion.step_cache import IDENTITY, StepCache
-from emv3_jax.models.dit import Conditions, DiT
+from emv3_jax.diffusion.store import Store
+from emv3_jax.models.audio_tokens import audio_encoder
+from emv3_jax.models.dit import DiT
+from emv3_jax.options import SamplingOptions
 
 
 @dataclasses.dataclass(frozen=True)
 class Loop:
-    """How the released loop was called for one golden run."""
+    """How the released loop was called for one golden run, and the file that holds it."""
 
-    steps: int
-    sampler: str = "flow"
-    text_scale: float = 1.0
-    audio_scale: float = 1.0
-    dynamic: bool = False  # both scales by the dynamic formula
-    neg_scale: float = 1.0  # factor of the negative embedding at each of the steps 0..neg_steps, piling up
-    neg_steps: int = 0
+    options: SamplingOptions
     cache: StepCache | None = None
-    file: str = "loop_preview"  # of the golden data
+    file: str = "loop_preview"
 
 
+_GUIDED = SamplingOptions(shift=5.0, text_scale=4.0, audio_scale=2.9)
+_with = functools.partial(dataclasses.replace, _GUIDED)
 LOOPS: dict[str, Loop] = {
-    "flow_plain": Loop(steps=5, text_scale=4.0, audio_scale=2.9),
-    "flow_neg_dyn": Loop(steps=6, text_scale=4.0, audio_scale=2.9, dynamic=True, neg_scale=1.5, neg_steps=2),
-    "unipc": Loop(steps=8, sampler="unipc", text_scale=4.0, audio_scale=2.9),
-    "dpmpp": Loop(steps=8, sampler="dpmpp", text_scale=4.0, audio_scale=2.9),
-    "nocfg": Loop(steps=4),
-    "teacache12": Loop(steps=12, text_scale=4.0, audio_scale=2.9, cache=StepCache(0.1, start_steps=3)),
-    "teacache12_linear": Loop(
-        steps=12, text_scale=4.0, audio_scale=2.9, cache=StepCache(1.6, start_steps=2, polynomial=IDENTITY)
-    ),
-    "unipc8": Loop(steps=8, sampler="unipc", audio_scale=3.0, file="loop_flash"),
+    "flow_plain": Loop(_with(steps=5)),
+    "flow_neg_dyn": Loop(_with(steps=6, text_dynamic=True, audio_dynamic=True, neg_scale=1.5, neg_steps=2)),
+    "unipc": Loop(_with(steps=8, sampler="unipc")),
+    "dpmpp": Loop(_with(steps=8, sampler="dpmpp")),
+    "nocfg": Loop(_with(steps=4, text_scale=1.0, audio_scale=1.0)),
+    "teacache12": Loop(_with(steps=12), cache=StepCache(0.1, start_steps=3)),
+    "teacache12_linear": Loop(_with(steps=12), cache=StepCache(1.6, start_steps=2, polynomial=IDENTITY)),
+    # Windows of 5 latent frames that overlap by 2.
+    "long": Loop(_with(steps=4, long_video="released", window=17, overlap=2), file="loop_long"),
+    "unipc8": Loop(_with(steps=8, sampler="unipc", text_scale=1.0, audio_scale=3.0), file="loop_flash"),
 }
 
 
@@ -61,17 +63,28 @@ def padded_text(states: np.ndarray, cfg: DiTConfig) -> np.ndarray:
     return np.pad(states, ((0, cfg.text_len - len(states)), (0, 0)))
 
 
-def branch_conditions(golden: Mapping[str, np.ndarray], cfg: DiTConfig, branch: Branch, factor: float) -> Conditions:
-    """What one branch of the golden run is given; `factor` multiplies the negative prompt's states."""
-    text = golden["prompt"] if branch.prompt else factor * golden["negative"]
-    given = jnp.concatenate([channels_last(golden["mask"]), channels_last(golden["masked"])], axis=-1)
-    return Conditions(
-        given=given,
-        text=jnp.asarray(padded_text(text, cfg)[None], jnp.float32),
-        image=jnp.asarray(golden["clip"]),
-        audio=jnp.asarray(golden["audio"]) * float(branch.audio),
-        face_mask=jnp.asarray(golden.get("face_mask", np.ones((1, given.shape[2] * given.shape[3] // 4)))),
-        audio_scale=jnp.ones(given.shape[0]),
+def texts(golden: Mapping[str, np.ndarray], cfg: DiTConfig, factors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """States of the prompt [1, text_len, text_width] and of the negative one [K, ...], times each of K factors."""
+    states = (golden["prompt"], golden.get("negative", golden["prompt"]))  # flash runs without a negative prompt
+    prompt, negative = (padded_text(some, cfg).astype(np.float32) for some in states)
+    return prompt[None], np.stack([np.float32(factor) * negative for factor in factors])
+
+
+def window_of(golden: Mapping[str, np.ndarray], cfg: DiTConfig, first: int, last: int) -> Window:
+    """What latent frames first..last - 1 of the golden run are given: mask and masked latents of the first frames, and
+    the sound from feature 8·first on."""
+    given = np.concatenate([channels_last(golden["mask"]), channels_last(golden["masked"])], axis=-1)
+    frames = given.shape[1]
+    encoder, audio = audio_encoder(cfg, parent=None), golden["audio"][0]
+    piece = encoder.piece(len(audio), first, last - first, alone=last - first < frames)
+    return Window(
+        given=given[:, : last - first],
+        audio=piece.cut(audio)[None],
+        segments=piece.segments[None],
+        prompts=np.zeros((1, 1), int),
+        text_share=np.ones((1, 1, last - first), np.float32),
+        pictures=np.zeros(1, int),
+        audio_gain=golden.get("face_mask", np.ones((1, given.shape[2] * given.shape[3] // 4), np.float32)),
     )
 
 
@@ -90,23 +103,34 @@ def replay(
       The final latents of this program and of the released one, both [B, T, h, w, 16].
     """
     loop = LOOPS[name]
-    model = ModelVelocity(params, DiT(cfg))
-    scales = (loop.text_scale, loop.audio_scale)
-    chain = branches(*scales)
-    # The negative embedding grows for some steps and then stays: a context for each stage of it.
-    factors = loop.neg_scale ** (1.0 + np.arange(loop.neg_steps + 1))
-    pairs = [(branch, 1.0) for branch in chain[1:]] + [(chain[0], factor) for factor in factors]
-    rows = [branch_conditions(golden, cfg, *pair) for pair in pairs]
-    contexts = jax.jit(ModelVelocity.contexts)(model, stack_branches(rows))
-    text_scale, audio_scale = (dynamic_scale(s, loop.steps) if loop.dynamic else s for s in scales)
-    sampler = sampler_named(loop.sampler)
-    grid = sampler.grid(loop.steps, 5.0)
-    stage = len(chain) - 1 + np.minimum(np.arange(loop.steps), loop.neg_steps)
-    others = np.broadcast_to(np.arange(len(chain) - 1), (loop.steps, len(chain) - 1))
-    velocity = guide(
-        model, contexts, text_scale, audio_scale, together,
-        rows=np.concatenate([stage[:, None], others], axis=1),
-        computed=loop.cache.computed_steps(model.modulation(grid.timesteps)) if loop.cache else None,
-    )  # fmt: skip
-    got = sample(velocity, sampler.solver(grid), grid, channels_last(golden["latents"]))
-    return np.asarray(got), np.asarray(channels_last(golden[name]))
+    velocity = ModelVelocity(params, DiT(cfg))
+    plan = steps.make_steps(dataclasses.replace(loop.options, branches_together=together), velocity)
+    if loop.cache:
+        plan = dataclasses.replace(plan, computed=loop.cache.computed_steps(velocity.modulation(plan.timesteps)))
+    factors = loop.options.neg_scale ** (1.0 + np.arange(plan.stages.max() + 1))
+    parts = jax.jit(contexts.shared)(velocity, *texts(golden, cfg, factors), golden["clip"])
+    noise, want = channels_last(golden["latents"]), channels_last(golden[name])
+    if loop.options.window:
+        return _long(loop.options, golden, cfg, velocity, plan, parts, noise), want
+    stages = tuple(range(parts.negatives))
+    rows = steps.all_contexts(velocity, parts, window_of(golden, cfg, 0, noise.shape[1]), plan.chain, stages)
+    guided = plan.guide(velocity, rows, plan.rows(len(stages)))
+    return np.asarray(sample(guided, loop.options.solver, loop.options.grid, noise)), want
+
+
+def _long(
+    options: SamplingOptions, golden: Mapping[str, np.ndarray], cfg: DiTConfig, velocity: ModelVelocity,
+    plan: steps.Steps, parts: contexts.Shared, noise: np.ndarray,
+) -> np.ndarray:  # fmt: skip
+    """The same through windows and a folder, as long videos run."""
+    windows = options.windows(noise.shape[1], 0)
+
+    def predict(members: tuple[int, ...], x: np.ndarray, i: int, memory: None) -> tuple[jax.Array, tuple]:
+        window = window_of(golden, cfg, windows.starts[members[0]], windows.ends[members[0]])
+        return steps.window_velocity(velocity, plan, parts, window, x, np.int32(i), ())
+
+    with tempfile.TemporaryDirectory() as folder:
+        start = lambda first, last: (noise[0, first:last], ())  # noqa: E731
+        store = Store(Path(folder) / "render", {}, noise.shape[2:], (), start, noise.shape[1])
+        long_video.follow(predict, options.solver, options.grid, windows, store, options.long_form.blend)
+        return store.read_x(0, store.total)[None]

@@ -94,21 +94,26 @@ def audio_notes(preset: Preset, wave: np.ndarray) -> list[str]:
     return audio_preprocessing.normalise_loudness(wave)[1] if preset.audio == "wav2vec2_windows" else []
 
 
-def face_tokens(box: tuple[float, float, float, float] | None, height: int, width: int) -> np.ndarray:
+def face_tokens(
+    box: tuple[float, float, float, float] | None, height: int, width: int, floored: bool = False
+) -> np.ndarray:
     """Which spatial tokens the audio may act on.
 
     Args:
       box: (y1, y2, x1, x2) in pixels of a height x width picture; None: everywhere.
       height, width: of the picture, multiples of 16.
     Returns:
-      [(height/16)·(width/16)] in {0, 1}: every token that the box touches. (The released program floors both ends, and
-      so loses the lowest and rightmost tokens that a box reaches into.)
+      [(height/16)·(width/16)] in {0, 1}: every token that the box touches. floored: as the released program, which
+      floors both ends and so loses the lowest and rightmost tokens that a box reaches into.
     """
     mask = np.zeros((height // 16, width // 16), np.float32)
     if box is None:
         mask[:] = 1.0
     else:
-        (top, left), (bottom, right) = ([int(box[k] // 16) for k in (0, 2)], [math.ceil(box[k] / 16) for k in (1, 3)])
+        (top, left), (bottom, right) = (
+            [math.floor(box[k] / 16) for k in (0, 2)],
+            [(math.floor if floored else math.ceil)(box[k] / 16) for k in (1, 3)],
+        )
         mask[max(top, 0) : bottom, max(left, 0) : right] = 1.0
     return mask.reshape(-1)
 
@@ -147,7 +152,7 @@ def prepare(
         image=np.asarray(picture, np.float32),
         has_image=np.float32(has_image),
         audio=audio_features(preset, wave, frames, params),
-        face_mask=face_tokens(face if masked else None, *picture.shape[:2]),
+        face_mask=face_tokens(face if masked else None, picture.shape[0], picture.shape[1], preset.face_floored),
     )
 
 
@@ -162,6 +167,13 @@ def encode_text(params: Params, preset: Preset, ids: jax.Array, mask: jax.Array)
     return states * mask[..., None]
 
 
+def encode_image(params: Params, preset: Preset, image: jax.Array, has_image: jax.Array) -> jax.Array:
+    """Pictures [B, H, W, 3] in [-1, 1] -> states [B, image_tokens, image_width], zeros where has_image [B] is 0."""
+    pixels = clip_model.preprocess(image, preset.image.image_size)
+    states = CLIPVision(preset.image).apply({"params": params["image"]}, pixels)
+    return jnp.asarray(states) * has_image[:, None, None]
+
+
 def encode(params: Params, preset: Preset, prepared: Prepared, given: jax.Array) -> Conditions:
     """Runs the text and the image encoder.
 
@@ -170,13 +182,11 @@ def encode(params: Params, preset: Preset, prepared: Prepared, given: jax.Array)
       prepared: a batch.
       given: [B, T, h, w, 4 + 16] mask channels, then masked latents.
     """
-    pixels = clip_model.preprocess(prepared.image, preset.image.image_size)
-    image = CLIPVision(preset.image).apply({"params": params["image"]}, pixels)
     batch = prepared.ids.shape[0]
     return Conditions(
         given=given,
         text=encode_text(params, preset, prepared.ids, prepared.text_mask),
-        image=image * prepared.has_image[:, None, None],
+        image=encode_image(params, preset, prepared.image, prepared.has_image),
         audio=prepared.audio,
         face_mask=prepared.face_mask,
         audio_scale=jnp.ones((batch,)),

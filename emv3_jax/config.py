@@ -150,6 +150,8 @@ class Preset:
     vocabulary: tuple[str, ...] = ()  # of the word tokenizer; none: umT5's own tokenizer, from the weights' folder
     keep_proportions: bool = False  # pictures keep their proportions instead of becoming height x width
     phda: bool = False  # trained with PhDA weights (paper eq. 2)
+    fit: str = "crop"  # how a picture gets its size (media.fit_image)
+    face_floored: bool = False  # the tokens of a face box: False, all that it touches; True, both ends rounded down
 
 
 # The words of the puppets' grammar (puppets/prompts.py), in the order that the demo's text encoder has learnt.
@@ -190,3 +192,9 @@ PREVIEW = Preset(
 )
 FLASH = dataclasses.replace(PREVIEW, name="flash", dit=DIT_FLASH, audio="wav2vec2_windows")
 PRESETS = {preset.name: preset for preset in (DEMO, PREVIEW, FLASH)}
+
+
+def released(preset: Preset) -> Preset:
+    """The preset with the released program's quirks in place of what is right (SPEC section 3): pictures are stretched
+    to the output size, by up to 15 pixels, and a face box loses the tokens that its lower and right edge reach into."""
+    return dataclasses.replace(preset, fit="stretch", face_floored=True)

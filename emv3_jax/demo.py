@@ -80,7 +80,7 @@ def render(ready: Ready, sampling: SamplingOptions, cfg: Any, out: pathlib.Path,
             if sheet:
                 frames.append(piece)
     if sheet:
-        media.contact_sheet(np.concatenate(frames), ready.wave, RATE, FPS, sheet, ready.prompt)
+        media.contact_sheet(np.concatenate(frames), ready.wave, RATE, FPS, sheet, ready.title)
     made = f"{out} and {sheet}" if sheet else str(out)
     took = time.monotonic() - started
     print(f"wrote {made}: {ready.frames} frames, {ready.frames / FPS:.2f} s of video, in {took:.1f} s")

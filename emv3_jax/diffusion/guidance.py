@@ -108,29 +108,30 @@ class ModelVelocity:
     weights: Callable[[jax.Array], jax.Array] | None = struct.field(pytree_node=False, default=None)
 
     def __call__(self, x: jax.Array, t: jax.Array, context: Context) -> jax.Array:
-        return jnp.asarray(self._apply("velocity", x, t, context, self._weights(t)))
+        return jnp.asarray(self.apply("velocity", x, t, context, self._weights(t)))
 
     def with_residual(self, x: jax.Array, t: jax.Array, context: Context) -> tuple[jax.Array, jax.Array]:
         """The velocity, and what the model's blocks added to its tokens."""
-        return self._apply("velocity_and_residual", x, t, context, self._weights(t))
+        return self.apply("velocity_and_residual", x, t, context, self._weights(t))
 
     def again(self, x: jax.Array, t: jax.Array, context: Context, residual: jax.Array) -> jax.Array:
         """The velocity, with a residual of an earlier step in place of the blocks."""
-        return self._apply("velocity_again", x, t, context, residual)
+        return self.apply("velocity_again", x, t, context, residual)
 
     def modulation(self, t: jax.Array) -> jax.Array:
         """t [n] -> [n, 6, D], from which `step_cache` knows how much a step changes."""
-        return self._apply("modulation", t)
+        return self.apply("modulation", t)
 
     def _weights(self, t: jax.Array) -> jax.Array | None:
         return None if self.weights is None else self.weights(t)
 
-    def _apply(self, method: str, *arguments: Any) -> Any:
+    def apply(self, method: str, *arguments: Any) -> Any:
+        """Calls a method of the model."""
         return self.model.apply({"params": self.params}, *arguments, method=method)
 
     def contexts(self, conditions: Any) -> Context:
         """`stack_branches` of one Conditions per branch -> the contexts that `guide` takes, leaves [R, ...]."""
-        return jax.vmap(lambda one: self._apply("context", one))(conditions)
+        return jax.vmap(lambda one: self.apply("context", one))(conditions)
 
 
 @struct.dataclass

@@ -16,6 +16,7 @@ from emv3_jax.diffusion.solvers import Solver, State
 
 Velocity = Any  # velocity(x, t, i) -> v, or an object with start(x) -> memory, advance(x, t, i, memory) -> (v, memory)
 Carry = tuple[jax.Array, State, Any]
+OnStep = Callable[[int, int], None]  # on_step(steps done, steps in all)
 
 
 def as_pytree(function: Callable) -> Callable:
@@ -62,7 +63,7 @@ def sample(
     solver: Solver,
     grid: TimeGrid,
     noise: jax.Array,
-    on_step: Callable[[int, int], None] | None = None,
+    on_step: OnStep | None = None,
 ) -> jax.Array:
     """Follows the velocity from noise (t = 1000) to clean latents (t = 0).
 

@@ -3,11 +3,12 @@
 from emv3_jax.files import atomic_path, check_readable, check_writable
 from emv3_jax.media.audio import check_wave, load_audio
 from emv3_jax.media.face_box import load_face_box
-from emv3_jax.media.image import check_image, fit_image, load_image, to_uint8
+from emv3_jax.media.image import check_image, cut_and_scale, fit_image, load_image, to_uint8
 from emv3_jax.media.sheet import contact_sheet
-from emv3_jax.media.video import VideoWriter, read_video
+from emv3_jax.media.video import VideoSource, VideoWriter, read_video
 
 __all__ = [
+    "VideoSource",
     "VideoWriter",
     "atomic_path",
     "check_image",
@@ -15,6 +16,7 @@ __all__ = [
     "check_wave",
     "check_writable",
     "contact_sheet",
+    "cut_and_scale",
     "fit_image",
     "load_audio",
     "load_face_box",

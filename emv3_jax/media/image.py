@@ -16,6 +16,7 @@ from emv3_jax.files import PathLike, check_readable
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 MIN_SIDE = 16
+FITS = ("crop", "stretch")
 MAX_PIXELS = 100_000_000
 
 # What Pillow raises for damaged files, besides OSError.
@@ -60,15 +61,21 @@ def to_uint8(video: Any) -> np.ndarray:
     return np.clip(np.round((np.asarray(video, np.float32) + 1.0) * 127.5), 0, 255).astype(np.uint8)
 
 
-def fit_image(image: np.ndarray, height: int, width: int) -> tuple[np.ndarray, str | None]:
-    """Scales and centre-crops uint8 [H, W, 3] to [height, width, 3] with a Lanczos filter.
+def fit_image(image: np.ndarray, height: int, width: int, fit: str = "crop") -> tuple[np.ndarray, str | None]:
+    """Scales uint8 [H, W, 3] to [height, width, 3] with a Lanczos filter.
 
-    The picture keeps its proportions: it is scaled to cover the target, and what sticks out is cut equally from both
-    ends. Returns the picture and a sentence on what was done, or None if it already had the size.
+    fit: "crop" keeps the proportions: the picture is scaled to cover the target, and what sticks out is cut equally
+    from both ends. "stretch" changes the proportions and cuts nothing. Returns the picture and a sentence on what was
+    done, or None if it already had the size.
     """
     source_height, source_width = image.shape[:2]
     if (source_height, source_width) == (height, width):
         return image, None
+    if fit not in FITS:
+        raise ValueError(f"fit must be one of {', '.join(FITS)}, got {fit!r}")
+    if fit == "stretch":
+        stretched = Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS)
+        return np.asarray(stretched), f"image {source_width}x{source_height} is stretched to {width}x{height}"
     scale = max(height / source_height, width / source_width)
     left, top = (source_width - width / scale) / 2, (source_height - height / scale) / 2
     box = (left, top, source_width - left, source_height - top)
@@ -77,6 +84,13 @@ def fit_image(image: np.ndarray, height: int, width: int) -> tuple[np.ndarray, s
     cuts = [f"{percent}% of its {side} is cut off" for side, percent in lost.items() if percent]
     note = f"image {source_width}x{source_height} is {'enlarged' if scale > 1 else 'scaled'} to {width}x{height}"
     return np.asarray(fitted), "; ".join([note, *cuts])
+
+
+def cut_and_scale(image: np.ndarray, box: tuple[float, float, float, float], height: int, width: int) -> np.ndarray:
+    """The part y1, y2, x1, x2 (fractions of pixels too) of uint8 [H, W, 3], as [height, width, 3]."""
+    y1, y2, x1, x2 = box
+    part = Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS, box=(x1, y1, x2, y2))
+    return np.asarray(part)
 
 
 def _check_size(what: str, width: int, height: int) -> None:

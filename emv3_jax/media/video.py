@@ -137,6 +137,56 @@ class VideoWriter:
         self._container.mux(stream.encode(block))
 
 
+class VideoSource:
+    """A video that is read as often as need be, a frame at a time.
+
+    height, width: of the upright pictures. fps: frames a second. count: frames. seconds: count / fps.
+
+    Raises:
+      UserError: for a file that is not a video or is damaged.
+    """
+
+    def __init__(self, path: PathLike):
+        self.path = check_readable(path, "video")
+        with self._open() as (container, stream):
+            self.fps = float(stream.average_rate or stream.guessed_rate or 25)
+            self.count = sum(packet.size > 0 for packet in container.demux(stream))
+        first = next(self.frames(), None)
+        if first is None:
+            raise UserError(f"video {path} holds no pictures")
+        self.height, self.width = first.shape[:2]
+        self.seconds = self.count / self.fps
+
+    def frames(self) -> Iterator[np.ndarray]:
+        """Upright uint8 [H, W, 3], one after another."""
+        with self._open() as (container, stream):
+            for frame in container.decode(stream):
+                yield _upright(frame)
+
+    def frames_at(self, fps: float) -> Iterator[np.ndarray]:
+        """The nearest frame to every moment k / fps, as long as the video lasts."""
+        wanted = 0
+        for n, frame in enumerate(self.frames()):
+            while round(wanted * self.fps / fps) == n:
+                yield frame
+                wanted += 1
+
+    def sound(self, rate: int) -> np.ndarray | None:
+        """float32 [n] mono at `rate`, which starts with the first frame; None without sound."""
+        return read_video(self.path, rate)[2]
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
+        try:
+            with open_media(self.path) as container:
+                stream = next((s for s in container.streams.video if s.codec_context is not None), None)
+                if stream is None:
+                    raise UserError(f"video {self.path} holds no pictures")
+                yield container, stream
+        except av.FFmpegError:
+            raise UserError(f"video {self.path} is not a video or is damaged: give an MP4, WebM or MOV file") from None
+
+
 def read_video(
     path: PathLike, rate: int = 16000, max_seconds: float | None = None
 ) -> tuple[np.ndarray, float, np.ndarray | None]:

@@ -12,6 +12,8 @@ Shapes at full size, 81 video frames (T = 21):
   flash    windows [B, 81, 5, 12, 768] -> tokens [B, 672, 1536], segments [21, 32]
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +24,26 @@ from emv3_jax.layers import LayerNorm
 
 EXPAND = 4  # audio tokens by which every segment is widened at both ends
 TEMPORAL_FACTOR = 4  # video frames per latent frame
+LEAD = 12  # preview: features before a window's first latent frame that its segment may reach
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """The stretch of a long sound that belongs to a window of latent frames.
+
+    first, length: of the features; indices outside the sound (first may be negative) are to be filled with zeros.
+    segments: int [T, S], which tokens of the stretch each latent frame attends to; `length` stands for a zero vector.
+    """
+
+    first: int
+    length: int
+    segments: np.ndarray
+
+    def cut(self, features: np.ndarray) -> np.ndarray:
+        """Its features [length, ...] of the whole sound's [A, ...]."""
+        before, after = max(0, -self.first), max(0, self.first + self.length - len(features))
+        inside = features[max(0, self.first) : max(0, self.first + self.length)]
+        return np.pad(inside, ((before, after), *((0, 0),) * (features.ndim - 1)))[: self.length]
 
 
 class AudioTokens(nn.Module):
@@ -44,6 +66,19 @@ class AudioTokens(nn.Module):
     def segments(self, audio_len: int, latent_frames: int) -> np.ndarray:
         """See `audio_segments`."""
         return audio_segments(audio_len, latent_frames)
+
+    @nn.nowrap
+    def piece(self, audio_len: int, start: int, count: int, alone: bool = False) -> Piece:
+        """What `count` latent frames from number `start` on hear of a sound of `audio_len` features.
+
+        They hear what they would hear in a video of the whole length. alone: nothing of what lies outside the window's
+        own 8 features a latent frame, as in the released loop (SPEC section 4, long video).
+        """
+        per_frame = 2 * TEMPORAL_FACTOR
+        first, length = per_frame * start - LEAD, per_frame * count + LEAD
+        audible = (per_frame * start, min(audio_len, per_frame * (start + count))) if alone else (0, audio_len)
+        ranges = audio_ranges(per_frame * count, count) + per_frame * start
+        return Piece(first, length, _segments(ranges, audible, first, length))
 
 
 class AudioWindows(nn.Module):
@@ -96,6 +131,12 @@ class AudioWindows(nn.Module):
             raise ValueError(f"audio of {audio_len} video frames does not fit {latent_frames} latent frames")
         return np.arange(latent_frames * self._sizes.tokens).reshape(latent_frames, -1)
 
+    @nn.nowrap
+    def piece(self, audio_len: int, start: int, count: int, alone: bool = False) -> Piece:
+        """What `count` latent frames from number `start` on hear: their own video frames, with or without others."""
+        length = (count - 1) * TEMPORAL_FACTOR + 1
+        return Piece(TEMPORAL_FACTOR * start, length, self.segments(length, count))
+
 
 def audio_encoder(cfg: DiTConfig, **kwargs) -> AudioTokens | AudioWindows:
     """The module of a config's variant."""
@@ -130,10 +171,15 @@ def audio_segments(audio_len: int, latent_frames: int) -> np.ndarray:
     Indices outside the audio become zero vectors at the *end* of the segment, front ones too, and stay in the
     softmax, as in the released program. K and V have no bias there, so the zeros may be put in after the projection.
     """
-    ranges = audio_ranges(audio_len, latent_frames) + np.array([-EXPAND, EXPAND])
+    return _segments(audio_ranges(audio_len, latent_frames), (0, audio_len), 0, audio_len)
+
+
+def _segments(ranges: np.ndarray, audible: tuple[int, int], first: int, zero: int) -> np.ndarray:
+    """Ranges [T, 2] widened -> indices [T, S] counted from token `first`; tokens that are not audible become `zero`."""
+    ranges = ranges + np.array([-EXPAND, EXPAND])
     length = int((ranges[:, 1] - ranges[:, 0]).max()) + 1
-    table = np.full((latent_frames, length), audio_len, dtype=np.int64)
+    table = np.full((len(ranges), length), zero, dtype=np.int64)
     for row, (start, end) in zip(table, ranges, strict=True):
-        inside = np.arange(max(start, 0), min(end, audio_len - 1) + 1)
-        row[: len(inside)] = inside
+        inside = np.arange(max(start, audible[0]), min(end, audible[1] - 1) + 1)
+        row[: len(inside)] = inside - first
     return table

@@ -86,13 +86,17 @@ class CrossKV(nn.Module):
         return carry, self.audio(states)
 
 
-def by_frame(kv: KV, segments: np.ndarray) -> KV:
-    """Keys and values of audio tokens [..., A, N, K] -> of each latent frame's segment [..., T, S, N, K].
+def by_frame(kv: KV, segments: jax.Array | np.ndarray) -> KV:
+    """Keys and values of audio tokens [..., B, A, N, K] -> of each latent frame's segment [..., B, T, S, N, K].
 
-    segments [T, S] indexes the tokens, one past the last being a zero vector.
+    segments [B, T, S] indexes the tokens of each sample, one past the last being a zero vector.
     """
-    # mode="fill" turns the index past the end into zeros.
-    return jax.tree.map(lambda x: jnp.take(x, segments, axis=-3, mode="fill", fill_value=0), kv)
+
+    def pick(tokens: jax.Array, table: jax.Array) -> jax.Array:
+        # mode="fill" turns the index past the end into zeros.
+        return jnp.take(tokens, table, axis=-3, mode="fill", fill_value=0)
+
+    return jax.tree.map(lambda x: jax.vmap(pick, (-4, 0), -5)(x, jnp.asarray(segments)), kv)
 
 
 class CDCA(nn.Module):

@@ -172,25 +172,29 @@ class DiT(nn.Module):
     def context(self, cond: Conditions) -> Context:
         """Embeds the conditions and computes every layer's keys and values. Raises ValueError on a wrong shape."""
         _check_conditions(self.cfg, cond)
+        batch, frames = cond.given.shape[:2]
+        segments = self.audio_tokens.segments(cond.audio.shape[1], frames)  # refuses audio that does not fit
         kv = ModalityKV(
-            text=self.text_kv(cond.text),
-            image=self.cross_kv.image_kv(None, self.image_embedding(cond.image))[1],
-            audio=self.audio_kv(cond.audio, cond.given.shape[1]),
+            text=jax.tree.map(lambda x: x[:, :, None], self.text_kv(cond.text)),
+            image=self.image_kv(cond.image),
+            audio=self.audio_kv(cond.audio, np.broadcast_to(segments, (batch, *segments.shape))),
         )
-        share = jnp.ones((cond.given.shape[0], 1, cond.given.shape[1]))
+        share = jnp.ones((batch, 1, frames))
         return Context(given=cond.given, kv=kv, text_share=share, audio_gain=cond.face_mask * cond.audio_scale[:, None])
 
     def text_kv(self, text: jax.Array) -> KV:
-        """Every layer's keys and values of one prompt: text [B, text_len, text_width] -> [layers, B, 1, S, N, K]."""
-        _, kv = self.cross_kv.text_kv(None, self.text_embedding(text))
-        return jax.tree.map(lambda x: x[:, :, None], kv)
+        """Every layer's keys and values of prompts: text [B, text_len, text_width] -> [layers, B, S, N, K]."""
+        return self.cross_kv.text_kv(None, self.text_embedding(text))[1]
 
-    def audio_kv(self, audio: jax.Array, latent_frames: int) -> KV:
-        """Every layer's keys and values of each latent frame's sound: Conditions.audio -> [layers, B, T, S, N, K].
+    def image_kv(self, image: jax.Array) -> KV:
+        """Every layer's keys and values of pictures: [B, image_tokens, image_width] -> [layers, B, S, N, K]."""
+        return self.cross_kv.image_kv(None, self.image_embedding(image))[1]
 
-        Raises ValueError where the sound does not fit that many latent frames.
+    def audio_kv(self, audio: jax.Array, segments: jax.Array | np.ndarray) -> KV:
+        """Every layer's keys and values of each latent frame's sound: [layers, B, T, S, N, K].
+
+        audio as in Conditions, segments [B, T, S] (`audio_tokens`).
         """
-        segments = self.audio_tokens.segments(audio.shape[1], latent_frames)
         return by_frame(self.cross_kv.audio_kv(None, self.audio_tokens(audio))[1], segments)
 
     def velocity(

@@ -16,7 +16,7 @@ the chunked form by scan (`encode_chunked`, `decode_chunked`; memory does not gr
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -392,21 +392,41 @@ def _join_chunks(first: jax.Array, rest: jax.Array) -> jax.Array:
 
 
 # The model is static (its config is its identity), and the old cache makes room for the new one.
+_jit_encode_first = functools.partial(jax.jit, static_argnums=0)(encode_first)
+_jit_encode_next = functools.partial(jax.jit, static_argnums=0, donate_argnums=3)(encode_next)
 _jit_decode_first = functools.partial(jax.jit, static_argnums=0)(decode_first)
 _jit_decode_next = functools.partial(jax.jit, static_argnums=0, donate_argnums=3)(decode_next)
 
 
-def decode_stream(model: WanVAE, params: Params, latents: jax.Array) -> Iterator[jax.Array]:
-    """Yields the pixels of one latent frame after another: [B, 1, H, W, 3], then [B, 4, H, W, 3] each.
+def encode_stream(model: WanVAE, params: Params, groups: Iterable[jax.Array]) -> Iterator[jax.Array]:
+    """Yields the latents [B, 1, h, w, C] of one group of video frames after another: [B, 1, H, W, 3], then 4 each."""
+    cache = None
+    for group in groups:
+        if cache is None:
+            mean, _, cache = _jit_encode_first(model, params, group)
+        else:
+            mean, _, cache = _jit_encode_next(model, params, group, cache)
+        yield mean
+
+
+def decode_stream(model: WanVAE, params: Params, latents: Iterable[jax.Array]) -> Iterator[jax.Array]:
+    """Yields the pixels of one latent frame [B, 1, h, w, C] after another: [B, 1, H, W, 3], then [B, 4, H, W, 3] each.
 
     For writing a file while decoding; only one group of frames is on the device at a time.
     """
-    check_latents_shape(model.cfg, latents.shape)
-    frames, cache = _jit_decode_first(model, params, latents[:, :1])
-    yield frames
-    for i in range(1, latents.shape[1]):
-        frames, cache = _jit_decode_next(model, params, latents[:, i : i + 1], cache)
+    cache = None
+    for latent in latents:
+        check_latents_shape(model.cfg, latent.shape)
+        if cache is None:
+            frames, cache = _jit_decode_first(model, params, latent)
+        else:
+            frames, cache = _jit_decode_next(model, params, latent, cache)
         yield frames
+
+
+def frame_by_frame(latents: jax.Array) -> Iterator[jax.Array]:
+    """[B, T, ...] -> T pieces [B, 1, ...]."""
+    return (latents[:, i : i + 1] for i in range(latents.shape[1]))
 
 
 def fold_latent_stats(params: Params, mean: jax.Array, std: jax.Array) -> Params:

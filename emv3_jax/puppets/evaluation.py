@@ -22,7 +22,7 @@ def means(rows: list[dict[str, float]]) -> dict[str, float]:
 
 
 def _decode(pipeline: Pipeline, latents: jax.Array) -> np.ndarray:
-    pieces = vae_model.decode_stream(pipeline.vae, pipeline.params["vae"], latents)
+    pieces = vae_model.decode_stream(pipeline.vae, pipeline.params["vae"], vae_model.frame_by_frame(latents))
     return np.concatenate([np.asarray(piece) for piece in pieces], axis=1)
 
 

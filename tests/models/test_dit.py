@@ -75,7 +75,7 @@ def test_scan_equals_a_loop_over_layers(params, velocity, inputs):
     def one_layer(tokens, block, cross):
         pairs = {"text_kv": text[:, None], "image_kv": image, "audio_kv": audio}
         text_kv, image_kv, audio_kv = (CrossKV(CFG).apply(cross, None, y, method=m)[1] for m, y in pairs.items())
-        kv = ModalityKV(text_kv, image_kv, by_frame(audio_kv, segments))
+        kv = ModalityKV(text_kv, image_kv, by_frame(audio_kv, np.stack([segments, segments])))
         return Block(CFG).apply(block, tokens, kv, modulation, rotary, branches)[0]
 
     tokens = PatchEmbed(CFG).apply(of("patch_embedding"), jnp.concatenate([x, cond.given], axis=-1))
@@ -174,7 +174,7 @@ def test_audio_is_heard_frame_by_frame(velocity, inputs):
     segments = audio_tokens.audio_segments(26, 4)
     variables = CrossKV(CFG).init(jax.random.key(0), None, tokens, method="audio_kv")
     _, kv = CrossKV(CFG).apply(variables, None, tokens, method="audio_kv")
-    value = np.asarray(by_frame(kv, segments).value)
+    value = np.asarray(by_frame(kv, segments[None]).value)
     assert value.shape == (1, 4, 17, CFG.heads, CFG.head_width)
     level = value[0, ..., 0, 0] / value[0, 1, 1, 0, 0]
     np.testing.assert_allclose(level, np.where(segments == 26, 0, segments), atol=1e-4)

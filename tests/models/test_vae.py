@@ -109,7 +109,7 @@ def test_chunked_equals_whole(params, video, latents):
 
 
 def test_streaming_equals_whole(params, latents):
-    blocks = list(vae.decode_stream(MODEL, params, latents))
+    blocks = list(vae.decode_stream(MODEL, params, vae.frame_by_frame(latents)))
     assert [block.shape[1] for block in blocks] == [1, 4, 4]
     assert_close(jnp.concatenate(blocks, axis=1), decode(params, latents))
     assert np.abs(decode_open(params, latents)).max() > 1.1  # so that the clamp has something to do

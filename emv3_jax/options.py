@@ -1,0 +1,126 @@
+"""How a velocity is followed: the sampling section of a config, checked."""
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+
+from emv3_jax.diffusion import guidance, long_video, solvers
+from emv3_jax.diffusion.flow import TimeGrid
+from emv3_jax.diffusion.long_video import Windows
+from emv3_jax.diffusion.negatives import Negatives
+from emv3_jax.diffusion.step_cache import StepCache
+from emv3_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class LongForm:
+    """How windows of a long video lie and are blended; `alone`: they hear nothing from outside themselves."""
+
+    plan: Callable[[int, int, int], Windows] = long_video.plan
+    blend: long_video.Blend = long_video.long_video_cfg
+    overlaps: bool = True
+    alone: bool = False
+
+
+# "chained" makes one window after another, each of which goes on from the last frames of the one before.
+LONG_FORMS = {
+    "cfg": LongForm(),
+    "chained": LongForm(),
+    "released": LongForm(long_video.released_plan, long_video.released_blend, alone=True),
+    "none": LongForm(overlaps=False),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingOptions:
+    """How the velocity is followed.
+
+    sampler: a key of solvers.SAMPLERS. steps: of the solver. shift: of the time grid (SPEC 4). text_scale, audio_scale:
+    guidance; 1 is none. text_dynamic, audio_dynamic: that scale falls to its half on the way (dynamic CFG, SPEC 4).
+    cfg_skip_ratio: the last steps, this share of all, go without guidance.
+    negative_prompt: what guidance by text moves away from; the demo was trained with the empty one. negative_motion,
+    negative_detail, neg_scale, neg_steps: see `negatives.Negatives`.
+    cache_threshold: TeaCache, 0 is off; cache_start: steps that are always computed.
+    long_video: a key of LONG_FORMS, for videos longer than a window. window: video frames of one, 4k + 1; 0 is the
+    longest clip of the preset. overlap: latent frames that neighbouring windows share.
+    windows_together: how many windows are one batch. branches_together: guidance branches as one batch, or one after
+    another in the memory of one.
+    """
+
+    sampler: str = "flow"
+    steps: int = 12
+    shift: float = 3.0
+    text_scale: float = 1.0
+    audio_scale: float = 2.0
+    text_dynamic: bool = False
+    audio_dynamic: bool = False
+    cfg_skip_ratio: float = 0.0
+    negative_prompt: str = ""
+    negative_motion: str = ""
+    negative_detail: str = ""
+    neg_scale: float = 1.0
+    neg_steps: int = 0
+    cache_threshold: float = 0.0
+    cache_start: int = 5
+    long_video: str = "cfg"
+    window: int = 0
+    overlap: int = 8
+    windows_together: int = 1
+    branches_together: bool = True
+
+    def __post_init__(self):
+        solvers.sampler_named(self.sampler)
+        if self.steps < 1:
+            raise UserError(f"steps must be at least 1, got {self.steps}")
+        for name in ("text_scale", "audio_scale"):
+            if not np.isfinite(getattr(self, name)) or getattr(self, name) < 0:
+                raise UserError(f"{name} must be a number of 0 or more, got {getattr(self, name)}")
+        if not np.isfinite(self.shift) or self.shift <= 0:
+            raise UserError(f"shift must be a number above 0, got {self.shift}")
+        guidance.skipped_guidance(self.cfg_skip_ratio, self.steps)
+        if self.long_video not in LONG_FORMS:
+            raise UserError(f"there is no form of long video {self.long_video!r}: one of {', '.join(LONG_FORMS)}")
+        if self.long_video == "released" and self.sampler != "flow":
+            raise UserError("the released long video needs the sampler flow, which has no memory; cfg works with all")
+        if self.window and (self.window < 5 or self.window % 4 != 1):
+            raise UserError(f"window must be 4k + 1 frames and at least 5, got {self.window}")
+        if self.overlap < 0:
+            raise UserError(f"overlap must be 0 or more latent frames, got {self.overlap}")
+        if self.windows_together < 1:
+            raise UserError(f"windows_together must be at least 1, got {self.windows_together}")
+        _ = self.negatives, self.cache  # refuse what they refuse
+
+    @property
+    def scales(self) -> tuple[guidance.Scale, guidance.Scale]:
+        """Of text and audio: numbers, or tables with one number a step."""
+        pairs = (self.text_scale, self.text_dynamic), (self.audio_scale, self.audio_dynamic)
+        text, audio = (guidance.dynamic_scale(scale, self.steps) if falls else scale for scale, falls in pairs)
+        return text, audio
+
+    @property
+    def negatives(self) -> Negatives:
+        return Negatives(
+            self.negative_prompt, self.negative_motion, self.negative_detail, scale=self.neg_scale, steps=self.neg_steps
+        )
+
+    @property
+    def cache(self) -> StepCache | None:
+        return StepCache(self.cache_threshold, self.cache_start) if self.cache_threshold else None
+
+    @property
+    def long_form(self) -> LongForm:
+        return LONG_FORMS[self.long_video]
+
+    @property
+    def grid(self) -> TimeGrid:
+        return solvers.sampler_named(self.sampler).grid(self.steps, self.shift)
+
+    @property
+    def solver(self) -> solvers.Solver:
+        return solvers.sampler_named(self.sampler).solver(self.grid)
+
+    def windows(self, latent_frames: int, longest: int) -> Windows:
+        """The windows of a video; longest: video frames of the preset's longest clip."""
+        size = ((self.window or longest) - 1) // 4 + 1
+        return self.long_form.plan(latent_frames, size, self.overlap if self.long_form.overlaps else 0)

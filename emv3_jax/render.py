@@ -1,0 +1,324 @@
+"""From a request that was read to its frames: windows of any number, latents in a folder, pixels as they are decoded.
+
+Nothing here grows with the length of the video but the sound and its features: latents and the solver's state are in
+files (`diffusion.store`), the model sees a window at a time, and the decoder a latent frame at a time.
+
+Axes: F video frames, T latent frames, A audio features, P prompts, S latent frames of a window.
+"""
+
+import dataclasses
+import hashlib
+import pathlib
+import shutil
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from emv3_jax import conditioning, media, steps, tasks, timeline
+from emv3_jax.config import FPS
+from emv3_jax.contexts import Window
+from emv3_jax.diffusion import long_video
+from emv3_jax.diffusion.sampler import OnStep
+from emv3_jax.diffusion.store import FrameFile, Store
+from emv3_jax.errors import UserError
+from emv3_jax.models import vae as vae_model
+from emv3_jax.models.audio_tokens import audio_encoder
+from emv3_jax.options import SamplingOptions
+from emv3_jax.request import Ready, fit_box, given_pixels, scaled
+
+HANDED_ON = 8  # chained form: so many last frames of a chunk are given to the next (SPEC section 4)
+FEATHER = 1 / 8  # lip sync: this share of the mouth box fades into the video on every side, inside the box
+Given = Callable[[int, int], np.ndarray]  # given(first, last) -> [last - first, h, w, 4 + 16]
+
+
+@dataclasses.dataclass(frozen=True)
+class Clip:
+    """What is followed in one go: a whole video, or a chunk of one in the chained form.
+
+    features: [A, ...] of its sound. share: [P, T], how much each prompt counts. given: of a window. number: of the
+    chunk, from 0.
+    """
+
+    features: np.ndarray
+    share: np.ndarray
+    given: Given
+    number: int = 0
+
+    @property
+    def latent_frames(self) -> int:
+        return self.share.shape[1]
+
+
+def stream(
+    pipe: Any, ready: Ready, options: SamplingOptions, on_step: OnStep | None, folder: pathlib.Path
+) -> Iterator[np.ndarray]:
+    """See `Pipeline.stream`, whose arguments these are; the folder is removed at the end."""
+    run = Run(pipe, ready, options, folder)
+    windows = options.windows(run.latent_frames(ready.frames), pipe.preset.max_frames)
+    if options.long_video == "chained" and len(windows.starts) > 1:
+        frames = run.chained(on_step)
+    else:
+        frames = run.decode(run.follow(run.whole(), windows, on_step))
+    yield from frames if ready.video is None else run.dubbed(frames)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+class Run:
+    """One render: what is embedded once, and the stages that follow."""
+
+    def __init__(self, pipe: Any, ready: Ready, options: SamplingOptions, folder: pathlib.Path):
+        self.pipe, self.ready, self.options, self.folder = pipe, ready, options, folder
+        preset = pipe.preset
+        self.settings = settings_of(pipe, ready, options)
+        ids, mask = pipe.words.encode([span.text for span in ready.prompts])
+        has_image = np.array([ready.task != "t2v"], np.float32)
+        self.shared = pipe.embed(ids, mask, scaled(ready.image)[None], has_image, options)
+        self.features = conditioning.audio_features(preset, ready.heard, ready.frames, pipe.params)
+        face = ready.face if preset.dit.audio_windows is None else None
+        self.gain = conditioning.face_tokens(face, *ready.size, preset.face_floored)
+        self.velocity = pipe.velocity()
+        self.steps = steps.make_steps(options, self.velocity)
+        self.audio = audio_encoder(preset.dit, parent=None)
+
+    def latent_frames(self, frames: int) -> int:
+        return (frames - 1) // self.pipe.preset.vae.temporal_factor + 1
+
+    def video_frames(self, latent_frames: int) -> int:
+        return (latent_frames - 1) * self.pipe.preset.vae.temporal_factor + 1
+
+    def whole(self) -> Clip:
+        """The whole video as one clip."""
+        count = self.latent_frames(self.ready.frames)
+        given = self._given_by_pictures(count) if self.ready.video is None else self._given_by_video(count)
+        return Clip(self.features, timeline.shares(self.ready.prompts, count), given)
+
+    def follow(self, clip: Clip, windows: long_video.Windows, on_step: OnStep | None) -> Store:
+        """Follows a clip's velocity to the end, from where its folder stands."""
+        pipe, solver, form = self.pipe, self.options.solver, self.options.long_form
+        shape, earlier = pipe.frame_shape(self.ready.size), clip.number * clip.latent_frames
+
+        def start(first: int, last: int) -> tuple[np.ndarray, Any]:
+            x = pipe.noise_frames(self.ready.seed, earlier + first, earlier + last, self.ready.size)
+            return np.asarray(x), solver.init(x)
+
+        state = jax.eval_shape(solver.init, jax.ShapeDtypeStruct((1, *shape), jnp.float32))
+        store = Store(self.folder / f"chunk_{clip.number}", self.settings, shape, state, start, clip.latent_frames)
+        spans = list(zip(windows.starts, windows.ends, strict=True))
+        prompts = max(int(clip.share[:, a:b].any(axis=1).sum()) for a, b in spans)
+
+        def predict(members: tuple[int, ...], x: np.ndarray, i: int, memory: Any) -> tuple[jax.Array, Any]:
+            window = self._window(clip, [spans[k] for k in members], prompts)
+            arguments = self.velocity, self.steps, self.shared, window, x
+            memory = steps.no_memory(*arguments) if memory is None else memory
+            return steps.window_velocity(*arguments, np.int32(i), memory)
+
+        group = min(self.options.windows_together, len(spans))
+        long_video.follow(predict, solver, self.options.grid, windows, store, form.blend, group, on_step)
+        return store
+
+    def _window(self, clip: Clip, spans: list[tuple[int, int]], prompts: int) -> Window:
+        """A batch of windows of one size, of at most so many prompts each."""
+        alone = self.options.long_form.alone
+        pieces = [self.audio.piece(len(clip.features), a, b - a, alone) for a, b in spans]
+        texts = [timeline.of_window(clip.share, a, b, prompts) for a, b in spans]
+        return Window(
+            given=np.stack([clip.given(a, b) for a, b in spans]),
+            audio=np.stack([piece.cut(clip.features) for piece in pieces]),
+            segments=np.stack([piece.segments for piece in pieces]),
+            prompts=np.stack([numbers for numbers, _ in texts]),
+            text_share=np.stack([share for _, share in texts]),
+            pictures=np.zeros(len(spans), int),
+            audio_gain=np.broadcast_to(self.gain, (len(spans), len(self.gain))),
+        )
+
+    def decode(self, store: Store) -> Iterator[np.ndarray]:
+        """The pixels of finished latents: [1 or 4, H, W, 3] uint8 at a time."""
+        latents = (jnp.asarray(store.read_x(k, k + 1)[None]) for k in range(store.total))
+        for piece in vae_model.decode_stream(self.pipe.vae, self.pipe.params["vae"], latents):
+            yield media.to_uint8(np.asarray(piece[0]))
+
+    def chained(self, on_step: OnStep | None) -> Iterator[np.ndarray]:
+        """The released default for long videos: chunks of one window, each of which is given the last frames of the one
+        before; the frames that two chunks share are cross-faded (SPEC section 4).
+
+        Raises:
+          UserError: for tasks that give more than the beginning.
+        """
+        if self.ready.task not in ("i2v", "t2v"):
+            raise UserError(f"the chained form does not know the task {self.ready.task}: use long_video cfg")
+        length = self.options.window or self.pipe.preset.max_frames
+        if length <= HANDED_ON:
+            raise UserError(f"the chained form hands on {HANDED_ON} frames: window must be longer, got {length}")
+        count = -(-(self.ready.frames - HANDED_ON) // (length - HANDED_ON))
+        size = self.latent_frames(length)
+        tail: list[np.ndarray] = []
+        left = self.ready.frames
+        for number in range(count):
+            clip = self._chunk(number, length, tail)
+            tell = _part_of(on_step, number, count)
+            pieces = self.decode(self.follow(clip, long_video.plan(size, size, 0), tell))
+            held: list[np.ndarray] = []
+            for j, frame in enumerate(frame for piece in pieces for frame in piece):
+                if j < len(tail):
+                    frame = _mixed(tail[j], frame, j / (HANDED_ON - 1))
+                if number < count - 1 and j >= length - HANDED_ON:
+                    held.append(frame)
+                elif left:
+                    yield frame[None]
+                    left -= 1
+            tail = held
+
+    def _chunk(self, number: int, length: int, tail: list[np.ndarray]) -> Clip:
+        """Chunk `number` of the chained form, given the last frames of the one before."""
+        first = number * (length - HANDED_ON)
+        rate = len(self.features) // self.ready.frames
+        features = self.features[rate * first : rate * (first + length)]
+        features = np.pad(features, ((0, rate * length - len(features)), *((0, 0),) * (features.ndim - 1)))
+        spans = [
+            dataclasses.replace(s, start=s.start - first / FPS, end=s.end - first / FPS) for s in self.ready.prompts
+        ]
+        video, mask = given_pixels(self.ready, length, last=False)
+        if tail:
+            video[: len(tail)] = scaled(np.stack(tail))
+            mask = tasks.pixel_mask("continuation", length, *self.ready.size, given_frames=len(tail))
+        given = np.asarray(self.pipe.given_latents(video[None], mask[None]))[0]
+        return Clip(
+            features, timeline.shares(tuple(spans), self.latent_frames(length)), lambda a, b: given[a:b], number
+        )
+
+    def _given_by_pictures(self, total: int) -> Given:
+        """Every window is given the first frame, as in the released loop, and the last one also the last (flf2v)."""
+        made: dict[tuple[int, bool], np.ndarray] = {}
+
+        def given(first: int, last: int) -> np.ndarray:
+            key = last - first, last == total and self.ready.task == "flf2v"
+            if key not in made:
+                video, mask = given_pixels(self.ready, self.video_frames(key[0]), key[1])
+                made[key] = np.asarray(self.pipe.given_latents(video[None], mask[None]))[0]
+            return made[key]
+
+        return given
+
+    def _given_by_video(self, total: int) -> Given:
+        """Everything but the mouth is given; encoded once, into a file."""
+        pipe, ready = self.pipe, self.ready
+        height, width = pipe.frame_shape(ready.size)[:2]
+        channels = pipe.preset.dit.mask_channels + pipe.preset.vae.latent_channels
+        file = FrameFile(self.folder / "given.f32", (height, width, channels))
+        if not file.path.exists():
+            mouth = self._mouth_mask()[None, None]
+            mask = tasks.mask_channels(mouth)[0, 0]
+            groups = _in_groups(self._video_frames(), pipe.preset.vae.temporal_factor)
+            masked = (tasks.masked_video(scaled(group)[None], mouth) for group in groups)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with media.atomic_path(file.path) as temporary:
+                part = FrameFile(temporary, file.shape)
+                for k, latent in enumerate(vae_model.encode_stream(pipe.vae, pipe.params["vae"], masked)):
+                    part.write(k, np.concatenate([mask, np.asarray(latent[0, 0])], axis=-1)[None])
+        del total
+        return file.read
+
+    def _mouth_box(self) -> tuple[int, int, int, int]:
+        """The box that is generated, whole pixels of the generated picture."""
+        ready = self.ready
+        source = ready.video.height, ready.video.width
+        y1, y2, x1, x2 = fit_box(ready.mouth, *source, *ready.size, self.pipe.preset.fit)
+        return int(y1), int(np.ceil(y2)), int(x1), int(np.ceil(x2))
+
+    def _mouth_mask(self) -> np.ndarray:
+        """[H, W, 1], 1 where the mouth is."""
+        return tasks.box_mask(self._mouth_box(), *self.ready.size)[..., None]
+
+    def _video_frames(self) -> Iterator[np.ndarray]:
+        """As many frames of the given video as are made, 25 a second, at the model's size; the last is repeated."""
+        frame = None
+        count = 0
+        for frame in self.ready.video.frames_at(FPS):
+            if count == self.ready.frames:
+                return
+            frame = media.fit_image(frame, *self.ready.size, self.pipe.preset.fit)[0]
+            yield frame
+            count += 1
+        assert frame is not None
+        for _ in range(self.ready.frames - count):
+            yield frame
+
+    def dubbed(self, generated: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+        """The given video with the generated mouth in its box: every frame of it that the generated ones reach.
+
+        Outside the box the pixels are those of the video; inside they fade over from its edge.
+        """
+        ready, video = self.ready, self.ready.video
+        assert ready.mouth is not None
+        y1, y2, x1, x2 = (round(side) for side in ready.mouth)
+        fitted = fit_box(ready.mouth, video.height, video.width, *ready.size, self.pipe.preset.fit)
+        weight = _feathered(y2 - y1, x2 - x1)[..., None]
+        made = (frame for piece in generated for frame in piece)
+        number, picture = -1, None
+        for n, frame in enumerate(video.frames()):
+            wanted = round(n / video.fps * FPS)
+            if wanted >= ready.frames:
+                break
+            while number < wanted:
+                picture, number = next(made), number + 1
+            mouth = media.cut_and_scale(picture, fitted, y2 - y1, x2 - x1)
+            frame = frame.copy()
+            frame[y1:y2, x1:x2] = np.round(_blend(frame[y1:y2, x1:x2], mouth, weight)).astype(np.uint8)
+            yield frame[None]
+        for _ in made:  # so that the render counts as finished
+            pass
+
+
+def settings_of(pipe: Any, ready: Ready, options: SamplingOptions) -> dict[str, Any]:
+    """What a render depends on, to tell whether a folder belongs to it."""
+    arrays = {"image": ready.image, "last image": ready.last_image, "sound": ready.heard}
+    return {
+        **{name: _digest(array) for name, array in arrays.items() if array is not None},
+        "task": ready.task,
+        "prompt": [[span.start, str(span.end), span.text] for span in ready.prompts],
+        "seed": ready.seed,
+        "frames": ready.frames,
+        "size": ready.size,
+        "face box": ready.face,
+        "mouth box": ready.mouth,
+        "video": str(ready.video.path) if ready.video is not None else None,
+        "preset": pipe.preset.name,
+        "weights": pipe.digest,
+        "sampling": dataclasses.asdict(options),
+    }
+
+
+def _digest(array: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array)).hexdigest()
+
+
+def _part_of(on_step: OnStep | None, number: int, count: int) -> OnStep | None:
+    """on_step for one of `count` runs, counted through."""
+    return on_step and (lambda done, steps: on_step(number * steps + done, count * steps))
+
+
+def _in_groups(frames: Iterator[np.ndarray], size: int) -> Iterator[np.ndarray]:
+    """The first frame alone, then `size` at a time: [1 or size, H, W, 3]."""
+    yield next(frames)[None]
+    while group := [frame for frame, _ in zip(frames, range(size), strict=False)]:
+        yield np.stack(group)
+
+
+def _blend(a: np.ndarray, b: np.ndarray, weight: Any) -> np.ndarray:
+    return (1.0 - weight) * a + weight * b
+
+
+def _mixed(a: np.ndarray, b: np.ndarray, weight: float) -> np.ndarray:
+    return np.round(_blend(a.astype(np.float32), b.astype(np.float32), weight)).astype(np.uint8)
+
+
+def _feathered(height: int, width: int) -> np.ndarray:
+    """[height, width]: 1 inside, falling towards the edges."""
+    ramps = [
+        np.clip((0.5 + np.minimum(np.arange(n), np.arange(n)[::-1])) / max(FEATHER * n, 0.5), 0, 1)
+        for n in (height, width)
+    ]
+    return np.outer(*ramps)

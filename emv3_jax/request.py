@@ -1,0 +1,271 @@
+"""What is asked for, and how it is read, checked and fitted to a preset before any model runs."""
+
+import dataclasses
+import math
+import os
+from typing import Any
+
+import numpy as np
+
+from emv3_jax import conditioning, tasks, timeline
+from emv3_jax.config import FPS, RATE, Preset
+from emv3_jax.errors import UserError
+
+Box = tuple[float, float, float, float]  # y1, y2, x1, x2 in pixels
+MAKES = ("i2v", "t2v", "flf2v", "lipsync")  # tasks that a user can ask for
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What is asked for.
+
+    image: [H, W, 3] uint8, or a path; not for t2v and lipsync. audio: [n] at 16 kHz, or a path; lipsync: default the
+    video's own sound. prompt: not empty; or several with their times (`timeline`). frames: 4k + 1; None: as many as the
+    audio lasts (lipsync: as the video). face: where the voice may act, as (y1, y2, x1, x2) in pixels of the image, or a
+    path to a .npy file (`media.load_face_box`); None: everywhere. Noise follows from the seed. task: one of MAKES.
+    last_image: flf2v, as image. video: lipsync, a path, of which only the box `mouth` (pixels of the video) changes.
+    """
+
+    image: Any = None
+    audio: Any = None
+    prompt: str = ""
+    frames: int | None = None
+    seed: int = 0
+    face: Box | str | os.PathLike | None = None
+    task: str = "i2v"
+    last_image: Any = None
+    video: str | os.PathLike | None = None
+    mouth: Box | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Ready:
+    """A request that was read and checked: arrays of the preset's sizes, and what was done to make them fit."""
+
+    task: str
+    image: np.ndarray  # [H, W, 3] uint8, what the image encoder sees; grey for t2v
+    wave: np.ndarray  # [n] at 16 kHz, as long as the video
+    heard: np.ndarray  # [n] at 16 kHz, what the audio encoder is given: for a speech encoder the whole recording
+    prompts: tuple[timeline.Span, ...]
+    frames: int
+    seed: int
+    face: Box | None
+    notes: tuple[str, ...]
+    last_image: np.ndarray | None = None  # [H, W, 3] uint8
+    video: Any = None  # media.VideoSource whose pixels outside `mouth` are kept
+    mouth: Box | None = None  # in pixels of the video
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the generated pictures."""
+        return self.image.shape[0], self.image.shape[1]
+
+    @property
+    def title(self) -> str:
+        """The prompts in one line."""
+        return "; ".join(span.text for span in self.prompts)
+
+
+def frames_for(seconds: float) -> int:
+    """The largest 4k + 1 frames that the sound fills, at least 5."""
+    whole = int(seconds * FPS + 1e-6)  # 1.16 s are 29 frames, though 1.16 * 25 comes out below 29
+    return max((whole - 1) // 4 * 4 + 1, 5)
+
+
+def fitted_size(height: int, width: int, preset: Preset) -> tuple[int, int]:
+    """Height and width of a preset's video of a height x width picture (SPEC section 3, output size).
+
+    Either the preset's own, or the picture's proportions in at most the preset's area, both sides floored to multiples
+    of 16.
+    """
+    if not preset.keep_proportions:
+        return preset.height, preset.width
+    area = min(preset.height * preset.width, height * width)
+    # The largest multiple of 16 whose square is at most area·h/w, in whole numbers: nothing is lost to rounding.
+    fitted_height, fitted_width = (
+        16 * math.isqrt(area * a // (256 * b)) for a, b in ((height, width), (width, height))
+    )  # fmt: skip
+    return max(16, fitted_height), max(16, fitted_width)
+
+
+def fit_box(box: Box, height: int, width: int, to_height: int, to_width: int, fit: str = "crop") -> Box:
+    """A box (y1, y2, x1, x2) of a height x width image, after `media.fit_image` to another size.
+
+    Raises:
+      UserError: the box is empty, or lies outside the image or in what is cut off.
+    """
+    y1, y2, x1, x2 = _checked_box(box, height, width, "face box")
+    down, across = to_height / height, to_width / width
+    if fit == "crop":
+        down = across = max(down, across)
+    top, left = (height * down - to_height) / 2, (width * across - to_width) / 2
+    y1, y2 = (float(np.clip(y * down - top, 0, to_height - 1)) for y in (y1, y2))
+    x1, x2 = (float(np.clip(x * across - left, 0, to_width - 1)) for x in (x1, x2))
+    if y1 == y2 or x1 == x2:
+        raise UserError(f"the face box {box} lies in the part of the {height} x {width} image that is cut off")
+    return y1, y2, x1, x2
+
+
+def read_request(request: Request, preset: Preset, words: Any = None) -> Ready:
+    """Reads the files of a request and fits them to a preset; needs no model.
+
+    Args:
+      words: the tokenizer (`load_tokenizer`); default: the preset's own, where it has a vocabulary.
+    Raises:
+      UserError: an empty prompt, too many words, or a file that cannot be used.
+    """
+    notes: list[str] = []
+    _check_task(request)
+    spans = timeline.parse(request.prompt)
+    words = words or conditioning.tokenizer(preset)
+    for text in dict.fromkeys(span.text for span in spans):
+        words.encode([text])
+        notes += words.notes(text)
+    video = None
+    if request.task == "lipsync":
+        video, image, more = _read_video(request)
+        notes += more
+    elif request.task == "t2v":
+        image = np.full((preset.height, preset.width, 3), 128, np.uint8)
+    else:
+        image = _read_image(request.image, notes)
+    source = image.shape[:2]
+    image = _fitted(image, fitted_size(source[0], source[1], preset), preset, notes)
+    face = _fitted_face(request.face, source, image.shape[:2], preset, notes)
+    last = None
+    if request.task == "flf2v":
+        last = _fitted(_read_image(request.last_image, notes), image.shape[:2], preset, notes)
+    wave, frames = _read_sound(request, preset, video, notes)
+    spans, more = timeline.fit(spans, frames / FPS)
+    notes += more
+    samples = round(frames / FPS * RATE)
+    whole, wave = wave, np.pad(wave[:samples], (0, max(0, samples - len(wave)))).astype(np.float32)
+    heard = whole if preset.speech else wave
+    return Ready(
+        request.task, image, wave, heard, spans, frames, request.seed, face, tuple(notes), last, video, request.mouth
+    )  # fmt: skip
+
+
+def _check_task(request: Request) -> None:
+    """Whether a task is given what it needs, and nothing that it would not use."""
+    if request.task not in MAKES:
+        raise UserError(f"there is no task {request.task!r}: one of {', '.join(MAKES)}")
+    needs = {
+        "i2v": ("image", "audio"), "t2v": ("audio",), "flf2v": ("image", "last_image", "audio"),
+        "lipsync": ("video", "mouth"),
+    }[request.task]  # fmt: skip
+    for name in ("image", "last_image", "video", "mouth", "audio"):
+        given = getattr(request, name) is not None
+        if not given and name in needs:
+            raise UserError(f"the task {request.task} needs {name.replace('_', ' ')}")
+        if given and name not in (*needs, "audio"):
+            raise UserError(f"the task {request.task} takes no {name.replace('_', ' ')}")
+    if request.task == "t2v" and request.face is not None:
+        raise UserError("the task t2v takes no face box: there is no picture to find it in")
+
+
+def _read_image(image: Any, notes: list[str]) -> np.ndarray:
+    from emv3_jax import media
+
+    if not isinstance(image, str | os.PathLike):
+        return media.check_image(image)
+    image, more = media.load_image(image)
+    notes += more
+    return image
+
+
+def _read_video(request: Request) -> tuple[Any, np.ndarray, list[str]]:
+    """The video of lip sync, and its first frame."""
+    from emv3_jax import media
+
+    assert request.video is not None and request.mouth is not None
+    video = media.VideoSource(request.video)
+    _checked_box(request.mouth, video.height, video.width, "mouth box")
+    notes = [] if video.fps == FPS else [
+        f"video {request.video} has {video.fps:g} frames a second: mouths are made {FPS} times a second, and each "
+        "frame takes the nearest"
+    ]  # fmt: skip
+    return video, next(video.frames()), notes
+
+
+def _fitted(image: np.ndarray, size: tuple[int, int], preset: Preset, notes: list[str]) -> np.ndarray:
+    from emv3_jax import media
+
+    image, note = media.fit_image(image, *size, preset.fit)
+    notes += [note] if note else []
+    return image
+
+
+def _fitted_face(
+    face: Any, source: tuple[int, int], size: tuple[int, int], preset: Preset, notes: list[str]
+) -> Box | None:
+    from emv3_jax import media
+
+    if isinstance(face, str | os.PathLike):
+        face = media.load_face_box(face, *source)
+    if face is None:
+        return None
+    if preset.dit.audio_windows is not None:
+        notes.append(f"the face box is not used: the {preset.name} model has no face mask")
+        return None
+    return fit_box(face, *source, *size, preset.fit)
+
+
+def _read_sound(request: Request, preset: Preset, video: Any, notes: list[str]) -> tuple[np.ndarray, int]:
+    """The whole recording, and how many frames are made of it."""
+    from emv3_jax import media
+
+    audio = request.audio
+    if audio is None:
+        audio = video.sound(RATE)
+        if audio is None:
+            raise UserError(f"video {video.path} has no sound: say what is to be spoken with a recording")
+    if isinstance(audio, str | os.PathLike):
+        wave, more = media.load_audio(audio, RATE)
+    else:
+        wave, more = media.check_wave(audio)
+    notes += more
+    frames = request.frames or (frames_for(len(wave) / RATE) if video is None else _frames_of(video))
+    if frames % 4 != 1 or frames < 5:
+        raise UserError(f"frames must be 4k + 1 and at least 5, got {frames}")
+    if video is not None and frames > _frames_of(video):
+        raise UserError(f"video {video.path} lasts {video.seconds:.2f} s: {frames} frames are more than it has")
+    notes += conditioning.audio_notes(preset, wave)
+    spare = len(wave) - round(frames / FPS * RATE)
+    if spare > 0:
+        notes.append(
+            f"the sound lasts {len(wave) / RATE:.2f} s; the video ends after {frames / FPS:.2f} s ({frames} frames)"
+        )
+    elif spare < 0:
+        notes.append(f"the sound lasts {len(wave) / RATE:.2f} s; silence was added up to {frames / FPS:.2f} s")
+    return wave, frames
+
+
+def _frames_of(video: Any) -> int:
+    """4k + 1 frames at 25 a second that cover a video; the last of them may lie past its end."""
+    return max(5, math.ceil((video.seconds * FPS - 1 - 1e-6) / 4) * 4 + 1)
+
+
+def _checked_box(box: Box, height: int, width: int, what: str) -> Box:
+    y1, y2, x1, x2 = box
+    if not (0 <= y1 < y2 <= height and 0 <= x1 < x2 <= width):
+        raise UserError(f"the {what} {box} (y1, y2, x1, x2) is empty or outside the {height} x {width} image")
+    return y1, y2, x1, x2
+
+
+def given_pixels(ready: Ready, frames: int, last: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Video [F, H, W, 3] in [-1, 1] and mask [F, H, W, 1] of what a window of a picture's task is given (SPEC 3).
+
+    last: whether the window ends the video (flf2v).
+    """
+    task = ready.task if last or ready.task != "flf2v" else "i2v"
+    video = np.zeros((frames, *ready.image.shape), np.float32)
+    video[0] = scaled(ready.image)
+    if task == "flf2v" and ready.last_image is not None:
+        video[-1] = scaled(ready.last_image)
+    return video, tasks.pixel_mask(task, frames, *ready.size)
+
+
+def scaled(pixels: np.ndarray) -> np.ndarray:
+    """uint8 -> float32 in [-1, 1]."""
+    return pixels.astype(np.float32) / 127.5 - 1.0

@@ -1,0 +1,94 @@
+"""Prompts over time: "0-4s: A puppet nods; 4-9s: A puppet waves." (one prompt without times counts throughout).
+
+Axes: P prompts, T latent frames.
+"""
+
+import dataclasses
+import re
+
+import numpy as np
+
+from emv3_jax.config import FPS
+from emv3_jax.errors import UserError
+
+_NUMBER = r"\d+(?:\.\d+)?"
+_TIMED = re.compile(rf"\s*{_NUMBER}\s*s?\s*-")  # what a prompt over time begins with
+_SPAN = re.compile(rf"\s*({_NUMBER})\s*s?\s*-\s*({_NUMBER})\s*s\s*:\s*")
+EXAMPLE = '"0-4s: A puppet nods; 4-9s: A puppet waves."'
+
+
+@dataclasses.dataclass(frozen=True)
+class Span:
+    """A prompt from `start` to `end`, in seconds; infinity is the end of the video."""
+
+    start: float
+    end: float
+    text: str
+
+
+def parse(prompt: str) -> tuple[Span, ...]:
+    """A prompt, or several with their times, in order and without gaps.
+
+    Raises:
+      UserError: the prompt is empty, or its times cannot be read; says at which character.
+    """
+    if not prompt.strip():
+        raise UserError('the prompt is empty: say what is to be seen, e.g. "A puppet nods and smiles."')
+    if not _TIMED.match(prompt):
+        return (Span(0.0, np.inf, prompt.strip()),)
+    spans: list[Span] = []
+    at = 0
+    for part in prompt.split(";"):
+        if part.strip() or not spans:
+            spans.append(_span(part, at, spans[-1].end if spans else 0.0))
+        at += len(part) + 1
+    return tuple(spans)
+
+
+def _span(part: str, at: int, expected: float) -> Span:
+    """One "START-ENDs: text", which begins at character `at` of the prompt and has to start when the last one ended."""
+    found = _SPAN.match(part)
+    place = f"prompt, character {at + len(part) - len(part.lstrip()) + 1}"
+    if not found:
+        raise UserError(f"{place}: times are written like {EXAMPLE}, got {part.strip()[:40]!r}")
+    start, end, text = float(found[1]), float(found[2]), part[found.end() :].strip()
+    if start != expected:
+        raise UserError(f"{place}: this part must start at {expected:g}s, where the one before ends, got {start:g}s")
+    if end <= start:
+        raise UserError(f"{place}: {start:g}-{end:g}s ends before it starts")
+    if not text:
+        raise UserError(f"{place}: nothing is said of {start:g}-{end:g}s")
+    return Span(start, end, text)
+
+
+def fit(spans: tuple[Span, ...], seconds: float) -> tuple[tuple[Span, ...], list[str]]:
+    """The spans of a video of some length, the last one up to its end, and notes on what was changed."""
+    notes = [
+        f"the video ends after {seconds:.2f} s: the prompt for {span.start:g}-{span.end:g}s is not used"
+        for span in spans
+        if span.start >= seconds
+    ]
+    kept = tuple(span for span in spans if span.start < seconds)
+    if kept[-1].end < seconds:
+        notes.append(f"the last prompt ends at {kept[-1].end:g}s: it goes on to the end of the video")
+    return (*kept[:-1], dataclasses.replace(kept[-1], end=np.inf)), notes
+
+
+def shares(spans: tuple[Span, ...], latent_frames: int) -> np.ndarray:
+    """How much each prompt counts in each latent frame, by the video frames that it stands for: float32 [P, T]."""
+    frames = np.arange(-3, 4 * latent_frames - 3).clip(0)  # the first latent frame is one video frame
+    seconds = frames.reshape(latent_frames, 4) / FPS
+    inside = [(span.start <= seconds) & (seconds < span.end) for span in spans]
+    return np.mean(inside, axis=2, dtype=np.float32)
+
+
+def of_window(share: np.ndarray, start: int, end: int, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """The prompts that a window of latent frames uses: their numbers int [most], and their shares [most, end - start].
+
+    Where it uses fewer, number 0 follows with shares of 0.
+    """
+    used = np.flatnonzero(share[:, start:end].any(axis=1))
+    numbers, shares_of_window = np.zeros(most, int), np.zeros((most, end - start), np.float32)
+    numbers[: len(used)] = used
+    shares_of_window[: len(used)] = share[used, start:end]
+    return numbers, shares_of_window
