@@ -13,9 +13,13 @@ def get_config() -> ml_collections.ConfigDict:
         {
             "preset": "demo",
             "weights": "",  # a folder that train.py wrote; empty: the shipped weights
+            "mode": "default",  # or released
+            "dtype": "",  # of the transformer's matmuls; empty: bfloat16 on accelerators, float32 on a CPU
+            "low_memory": False,  # one model at a time in memory
             # what to animate where the command line does not say
-            "puppet": 7,  # number of a held-out puppet
+            "puppet": 7,  # number of a held-out puppet, which says the sentence that ships with the package
             "prompt": "A puppet nods and smiles, the camera is still.",
+            "face": "none",  # where the voice acts, where --face does not say: everywhere
             "frames": 0,  # 4k + 1; 0: as long as the sound
             "enlarge": 6,  # the video is so many times larger than the model's pictures
             # how the velocity is followed
@@ -27,7 +31,19 @@ def get_config() -> ml_collections.ConfigDict:
                 "audio_scale": 2.0,
                 "text_dynamic": False,  # falls to half of the scale on the way
                 "audio_dynamic": False,
+                "cfg_skip_ratio": 0.0,
                 "negative_prompt": "",
+                "negative_motion": "",  # PNG: added in the early phase
+                "negative_detail": "",  # and in the late one
+                "neg_scale": 1.0,
+                "neg_steps": 0,
+                "cache_threshold": 0.0,  # TeaCache; 0 is off
+                "cache_start": 5,
+                "long_video": "cfg",  # or chained, released, none
+                "window": 0,  # video frames; 0: the longest clip of the preset, 125
+                "overlap": 8,  # latent frames
+                "windows_together": 1,
+                "branches_together": True,
             },
         }
     )

@@ -191,22 +191,24 @@ class Pipeline:
         options: SamplingOptions | None = None,
         on_step: sampling.OnStep | None = None,
         folder: pathlib.Path | None = None,
+        tell: Callable[[str], None] = lambda line: None,
     ) -> Iterator[np.ndarray]:
         """Yields the video as it is decoded: [1 or 4, H, W, 3] uint8 at a time.
 
         Args:
           folder: where the latents of unfinished steps are kept; a render that was interrupted goes on from there, if
             it is asked for the same. Removed at the end. Default: a temporary one.
+          tell: is told what was decided before the first step, a line at a time.
         """
         from emv3_jax import render
 
         options = options or SamplingOptions()
         self.words.encode(list(options.negatives.prompts))  # too long: say so before the work
         if folder is not None:
-            yield from render.stream(self, ready, options, on_step, folder)
+            yield from render.stream(self, ready, options, on_step, folder, tell)
             return
         with tempfile.TemporaryDirectory(prefix="emv3_render_") as temporary:
-            yield from render.stream(self, ready, options, on_step, pathlib.Path(temporary) / "render")
+            yield from render.stream(self, ready, options, on_step, pathlib.Path(temporary) / "render", tell)
 
     def generate(
         self, request: Request, options: SamplingOptions | None = None, on_step: sampling.OnStep | None = None
@@ -257,6 +259,9 @@ def load_pipeline(
     *,
     dtype: str | None = None,
     mesh: jax.sharding.Mesh | None = None,
+    preset: Preset | None = None,
+    words: Any = None,
+    low_memory: bool = False,
 ) -> Pipeline:
     """A preset with its weights.
 
@@ -267,17 +272,52 @@ def load_pipeline(
       dtype: of the transformer's matmuls, "float32" or "bfloat16"; default: bfloat16 on accelerators, where it is many
         times faster, float32 on a CPU, where it is slower.
       mesh: spreads the parameters over devices by the rules of `sharding`; default: the first device holds them all.
+      preset: a variant of the named preset with weights of the same shapes (`config.released`); dtype is then its own.
+      words: the tokenizer, where it has been read.
+      low_memory: one model at a time is in memory, and read from its files whenever it is used.
     Raises:
       UserError: no such preset, no weights for it, weights that do not fit it, or another dtype.
     """
     if name not in PRESETS:
         raise UserError(f"there is no preset {name!r}: one of {', '.join(sorted(PRESETS))}")
-    preset, folder = with_dtype(PRESETS[name], dtype), pathlib.Path(weights or WEIGHTS / name)
-    words = load_tokenizer(name, weights)
-    params = {
-        role: _load_model(locate(folder, role, name), like, mesh) for role, like in expected_params(preset).items()
+    preset, folder = preset or with_dtype(PRESETS[name], dtype), pathlib.Path(weights or WEIGHTS / name)
+    words = words or load_tokenizer(name, weights)
+    loaders = {
+        role: functools.partial(_load_model, locate(folder, role, name), like, mesh)
+        for role, like in expected_params(preset).items()
     }
+    params = LoadedWhenUsed(loaders) if low_memory else {role: load() for role, load in loaders.items()}
     return Pipeline(preset, params, words=words)
+
+
+class LoadedWhenUsed(Mapping[str, Any]):
+    """Parameter trees by role, read from their files whenever they are asked for, and not kept."""
+
+    def __init__(self, loaders: Mapping[str, Callable[[], Any]]):
+        self._loaders = loaders
+
+    def __getitem__(self, role: str) -> Any:
+        return self._loaders[role]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._loaders)
+
+    def __len__(self) -> int:
+        return len(self._loaders)
+
+
+def weight_hashes(name: str, weights: str | pathlib.Path | None = None) -> dict[str, str]:
+    """SHA-256 by role: of the file of our own training, or of the sources of converted weights."""
+    folder = pathlib.Path(weights or WEIGHTS / name)
+    hashes = {}
+    for role in expected_params(PRESETS[name]):
+        path = locate(folder, role, name)
+        if path.suffix == ".safetensors":
+            with open(path, "rb") as file:
+                hashes[role] = hashlib.file_digest(file, "sha256").hexdigest()
+        else:
+            hashes[role] = "+".join(source["sha256"] for source in converted.read_record(path).sources)
+    return hashes
 
 
 def with_dtype(preset: Preset, dtype: str | None = None) -> Preset:

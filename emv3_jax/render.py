@@ -8,6 +8,7 @@ Axes: F video frames, T latent frames, A audio features, P prompts, S latent fra
 
 import dataclasses
 import hashlib
+import itertools
 import pathlib
 import shutil
 from collections.abc import Callable, Iterator
@@ -31,6 +32,7 @@ from emv3_jax.request import Ready, fit_box, given_pixels, scaled
 
 HANDED_ON = 8  # chained form: so many last frames of a chunk are given to the next (SPEC section 4)
 FEATHER = 1 / 8  # lip sync: this share of the mouth box fades into the video on every side, inside the box
+Tell = Callable[[str], None]
 Given = Callable[[int, int], np.ndarray]  # given(first, last) -> [last - first, h, w, 4 + 16]
 
 
@@ -53,11 +55,15 @@ class Clip:
 
 
 def stream(
-    pipe: Any, ready: Ready, options: SamplingOptions, on_step: OnStep | None, folder: pathlib.Path
+    pipe: Any, ready: Ready, options: SamplingOptions, on_step: OnStep | None, folder: pathlib.Path, tell: Tell
 ) -> Iterator[np.ndarray]:
     """See `Pipeline.stream`, whose arguments these are; the folder is removed at the end."""
     run = Run(pipe, ready, options, folder)
     windows = options.windows(run.latent_frames(ready.frames), pipe.preset.max_frames)
+    for line in steps.describe(run.steps):
+        tell(line)
+    if len(windows.starts) > 1:
+        tell(f"long video: {len(windows.starts)} windows, form {options.long_video}")
     if options.long_video == "chained" and len(windows.starts) > 1:
         frames = run.chained(on_step)
     else:
@@ -303,7 +309,7 @@ def _part_of(on_step: OnStep | None, number: int, count: int) -> OnStep | None:
 def _in_groups(frames: Iterator[np.ndarray], size: int) -> Iterator[np.ndarray]:
     """The first frame alone, then `size` at a time: [1 or size, H, W, 3]."""
     yield next(frames)[None]
-    while group := [frame for frame, _ in zip(frames, range(size), strict=False)]:
+    while group := list(itertools.islice(frames, size)):
         yield np.stack(group)
 
 

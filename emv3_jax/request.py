@@ -12,6 +12,7 @@ from emv3_jax.config import FPS, RATE, Preset
 from emv3_jax.errors import UserError
 
 Box = tuple[float, float, float, float]  # y1, y2, x1, x2 in pixels
+DETECT = "detect"
 MAKES = ("i2v", "t2v", "flf2v", "lipsync")  # tasks that a user can ask for
 
 
@@ -22,7 +23,8 @@ class Request:
     image: [H, W, 3] uint8, or a path; not for t2v and lipsync. audio: [n] at 16 kHz, or a path; lipsync: default the
     video's own sound. prompt: not empty; or several with their times (`timeline`). frames: 4k + 1; None: as many as the
     audio lasts (lipsync: as the video). face: where the voice may act, as (y1, y2, x1, x2) in pixels of the image, or a
-    path to a .npy file (`media.load_face_box`); None: everywhere. Noise follows from the seed. task: one of MAKES.
+    path to a .npy file (`media.load_face_box`); "detect", "largest" or a number: a face that is found
+    (`media.choose_face`); None: everywhere. Noise follows from the seed. task: one of MAKES.
     last_image: flf2v, as image. video: lipsync, a path, of which only the box `mouth` (pixels of the video) changes.
     """
 
@@ -31,7 +33,7 @@ class Request:
     prompt: str = ""
     frames: int | None = None
     seed: int = 0
-    face: Box | str | os.PathLike | None = None
+    face: Box | str | os.PathLike | int | None = None
     task: str = "i2v"
     last_image: Any = None
     video: str | os.PathLike | None = None
@@ -59,6 +61,14 @@ class Ready:
     def size(self) -> tuple[int, int]:
         """Height and width of the generated pictures."""
         return self.image.shape[0], self.image.shape[1]
+
+    @property
+    def output(self) -> tuple[float, int]:
+        """Frames a second of the video that comes out, and how many: lip sync keeps those of its own video."""
+        if self.video is None:
+            return FPS, self.frames
+        fps = self.video.fps
+        return fps, sum(round(n / fps * FPS) < self.frames for n in range(self.video.count))
 
     @property
     def title(self) -> str:
@@ -129,9 +139,9 @@ def read_request(request: Request, preset: Preset, words: Any = None) -> Ready:
         image = np.full((preset.height, preset.width, 3), 128, np.uint8)
     else:
         image = _read_image(request.image, notes)
-    source = image.shape[:2]
-    image = _fitted(image, fitted_size(source[0], source[1], preset), preset, notes)
-    face = _fitted_face(request.face, source, image.shape[:2], preset, notes)
+    whole = image
+    image = _fitted(whole, fitted_size(whole.shape[0], whole.shape[1], preset), preset, notes)
+    face = _fitted_face(request.face, whole, image.shape[:2], preset, notes)
     last = None
     if request.task == "flf2v":
         last = _fitted(_read_image(request.last_image, notes), image.shape[:2], preset, notes)
@@ -196,19 +206,22 @@ def _fitted(image: np.ndarray, size: tuple[int, int], preset: Preset, notes: lis
     return image
 
 
-def _fitted_face(
-    face: Any, source: tuple[int, int], size: tuple[int, int], preset: Preset, notes: list[str]
-) -> Box | None:
+def _fitted_face(face: Any, image: np.ndarray, size: tuple[int, int], preset: Preset, notes: list[str]) -> Box | None:
     from emv3_jax import media
 
-    if isinstance(face, str | os.PathLike):
-        face = media.load_face_box(face, *source)
+    source = image.shape[:2]
     if face is None:
         return None
     if preset.dit.audio_windows is not None:
-        notes.append(f"the face box is not used: the {preset.name} model has no face mask")
+        if face != DETECT:
+            notes.append(f"the face box is not used: the {preset.name} model has no face mask")
         return None
-    return fit_box(face, *source, *size, preset.fit)
+    if isinstance(face, int) or face in (DETECT, "largest"):
+        face = media.choose_face(media.detect_faces(image), face)
+        notes.append(f"the voice acts on the face at {','.join(f'{side:.0f}' for side in face)} (y1,y2,x1,x2)")
+    elif isinstance(face, str | os.PathLike):
+        face = media.load_face_box(face, *source)
+    return fit_box(face, source[0], source[1], size[0], size[1], preset.fit)
 
 
 def _read_sound(request: Request, preset: Preset, video: Any, notes: list[str]) -> tuple[np.ndarray, int]:

@@ -431,7 +431,9 @@ def test_unusable_videos_are_refused_in_one_line(tmp_path):
 @pytest.mark.parametrize("frames", [1, 9, 40])
 @pytest.mark.parametrize("wave", [None, np.zeros(0, np.float32), tone(2)], ids=["none", "empty", "tone"])
 def test_contact_sheet_of_any_length(tmp_path, frames, wave):
-    path = contact_sheet(clip(frames), wave, RATE, 25, tmp_path / "a.png", "A prompt\nof two lines " * 9)
+    path = contact_sheet(
+        dict(enumerate(clip(frames))), frames, wave, RATE, 25, tmp_path / "a.png", "A prompt\nof two lines " * 9
+    )
     with Image.open(path) as page:
         assert page.format == "PNG" and page.width >= 300
         assert len(page.getcolors(1 << 24)) > 50

@@ -3,8 +3,9 @@
 from emv3_jax.files import atomic_path, check_readable, check_writable
 from emv3_jax.media.audio import check_wave, load_audio
 from emv3_jax.media.face_box import load_face_box
+from emv3_jax.media.face_detector import choose_face, detect_faces
 from emv3_jax.media.image import check_image, cut_and_scale, fit_image, load_image, to_uint8
-from emv3_jax.media.sheet import contact_sheet
+from emv3_jax.media.sheet import contact_sheet, sheet_frames
 from emv3_jax.media.video import VideoSource, VideoWriter, read_video
 
 __all__ = [
@@ -15,12 +16,15 @@ __all__ = [
     "check_readable",
     "check_wave",
     "check_writable",
+    "choose_face",
     "contact_sheet",
     "cut_and_scale",
+    "detect_faces",
     "fit_image",
     "load_audio",
     "load_face_box",
     "load_image",
     "read_video",
+    "sheet_frames",
     "to_uint8",
 ]

@@ -1,5 +1,6 @@
 """A video on one page: evenly spaced frames, and under them the sound, aligned in time."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +21,20 @@ PAPER, INK, FAINT, LINE = "#fbfaf8", "#22252b", "#7d828b", "#dcdad5"
 VOICE, ACCENT, MARK = "#3d6fb4", "#e4572e", "#f2b8a6"
 
 
+def sheet_frames(count: int) -> tuple[int, ...]:
+    """Numbers of the frames that a contact sheet of a video of `count` frames shows."""
+    rows, columns = _rows_and_columns(count)
+    return tuple(min(int((k + 0.5) * count / (rows * columns)), count - 1) for k in range(rows * columns))
+
+
+def _rows_and_columns(count: int) -> tuple[int, int]:
+    rows = ROWS if count > COLUMNS else 1
+    return rows, min(COLUMNS, -(-count // rows))
+
+
 def contact_sheet(
-    frames: np.ndarray,
+    frames: Mapping[int, np.ndarray],
+    count: int,
     wave: np.ndarray | None,
     rate: int,
     fps: float,
@@ -30,18 +43,20 @@ def contact_sheet(
 ) -> Path:
     """Draws a clip as a PNG: rows of evenly spaced frames, the time of each, and the loudness of the sound below it.
 
-    frames: uint8 [F, H, W, 3]. wave: float [n] in [-1, 1] at `rate` Hz, or None for pictures only. A row is a stretch
-    of time; a frame stands above the moment at which it was taken, which a mark in the sound shows. Returns the path.
+    frames: uint8 [H, W, 3] by number, at least those of `sheet_frames`. count: of the video. wave: float [n] in [-1, 1]
+    at `rate` Hz, or None for pictures only. A row is a stretch of time; a frame stands above the moment at which it was
+    taken, which a mark in the sound shows. Returns the path.
     """
-    rows = ROWS if len(frames) > COLUMNS else 1
-    columns = min(COLUMNS, -(-len(frames) // rows))
-    frame_height = round(CELL * frames.shape[1] / frames.shape[2])
+    rows, columns = _rows_and_columns(count)
+    shown = sheet_frames(count)
+    height, width_of_frame = frames[shown[0]].shape[:2]
+    frame_height = round(CELL * height / width_of_frame)
     row_height = frame_height + LABEL + (STRIP if wave is not None else 0)
     width = 2 * MARGIN + columns * CELL + (columns - 1) * GAP
     page = Image.new("RGB", (width, HEAD + rows * row_height + (rows - 1) * ROW_GAP + MARGIN - 8), PAPER)
-    seconds = len(frames) / fps
-    size = f"{frames.shape[2]}x{frames.shape[1]}"
-    _draw_head(page, title, f"{seconds:.2f} s   {len(frames)} frames   {size}   {fps:g} fps")
+    seconds = count / fps
+    size = f"{width_of_frame}x{height}"
+    _draw_head(page, title, f"{seconds:.2f} s   {count} frames   {size}   {fps:g} fps")
     span = rows * columns  # the clip is cut into as many equal stretches; a frame is taken in the middle of each
     heard = wave[: round(seconds * rate)] if wave is not None else np.zeros(0)
     loudest = max(float(np.abs(heard).max(initial=0)), 1e-4)
@@ -49,9 +64,8 @@ def contact_sheet(
         top = HEAD + row * (row_height + ROW_GAP)
         for column in range(columns):
             time = (row * columns + column + 0.5) * seconds / span
-            index = min(int(time * fps), len(frames) - 1)
             left = MARGIN + column * (CELL + GAP)
-            _draw_frame(page, frames[index], left, top, frame_height, f"{time:.2f} s")
+            _draw_frame(page, frames[shown[row * columns + column]], left, top, frame_height, f"{time:.2f} s")
         if wave is not None:
             start, end = (n * columns * seconds / span for n in (row, row + 1))
             piece = _stretch(wave, rate, start, end)

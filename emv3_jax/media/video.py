@@ -40,12 +40,13 @@ class VideoWriter:
         rate: int = 16000,
         scale: float = 1,
         crf: int = 16,
+        comment: str = "",
     ) -> None:
         """Describes the file; it is opened by `with`.
 
         height, width: of the frames that will be written. wave: float [n] in [-1, 1] at `rate` Hz, or None for a
         silent file. scale: enlarges the picture smoothly (Lanczos), for frames too small to look at. crf: 0 is
-        lossless, 51 is worst.
+        lossless, 51 is worst. comment: kept in the file's metadata.
         """
         self.path = path
         self.height, self.width = height, width
@@ -56,6 +57,7 @@ class VideoWriter:
         self._wave = wave
         self._rate = rate
         self._crf = crf
+        self._comment = comment
 
     def __enter__(self) -> "VideoWriter":
         self._session = self._open()
@@ -84,6 +86,8 @@ class VideoWriter:
             av.open(str(temporary), "w", format="mp4", options={"movflags": "+faststart"}) as container,
         ):
             self._container = container
+            if self._comment:
+                container.metadata["comment"] = self._comment
             self._picture = self._add_picture()
             self._sound = self._add_sound(self._wave) if self._wave is not None else None
             yield

@@ -1,0 +1,51 @@
+"""The released flash model, with the values of its demos: few steps, guidance by sound alone.
+
+python sample.py --config configs/flash.py --image me.jpg --audio voice.wav --prompt "..." --out talk.mp4
+
+needs converted weights in the folder weights (python -m convert to-jax --from DIR --variant flash --to weights), or
+in another one: --config.weights=DIR. --config.mode=released does as the released program does where ours is right
+instead. A video takes minutes on an accelerator and many hours on a CPU.
+"""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+    return ml_collections.ConfigDict(
+        {
+            "preset": "flash",
+            "weights": "weights",
+            "mode": "default",  # or released
+            "dtype": "",  # of the transformer's matmuls; empty: bfloat16 on accelerators, float32 on a CPU
+            "low_memory": True,  # one model at a time in memory
+            # what to animate where the command line does not say
+            "puppet": -1,  # none: picture and sound must be given
+            "prompt": "",
+            "face": "detect",  # where the voice acts, where --face does not say: on the face that is found
+            "frames": 0,  # 4k + 1; 0: as long as the sound
+            "enlarge": 1,
+            # how the velocity is followed
+            "sampling": {
+                "sampler": "unipc",  # or flow, dpmpp
+                "steps": 8,
+                "shift": 5.0,
+                "text_scale": 1.0,  # the text guides nothing
+                "audio_scale": 3.0,
+                "text_dynamic": False,
+                "audio_dynamic": False,
+                "cfg_skip_ratio": 0.0,
+                "negative_prompt": "",
+                "negative_motion": "",  # PNG: added in the early phase
+                "negative_detail": "",  # and in the late one
+                "neg_scale": 1.0,  # the negative embedding grows by this in the first steps, up to neg_steps
+                "neg_steps": 0,
+                "cache_threshold": 0.0,  # TeaCache: 0.1 is the released value; 0 is off
+                "cache_start": 5,
+                "long_video": "cfg",  # or chained, released, none
+                "window": 0,  # video frames; 0: the longest clip of the preset, 113
+                "overlap": 8,  # latent frames
+                "windows_together": 1,
+                "branches_together": True,
+            },
+        }
+    )

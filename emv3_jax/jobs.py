@@ -1,0 +1,300 @@
+"""What `sample.py` does: reads a job, renders it, and writes the video, its contact sheet and its record.
+
+A job is a row of settings, from the command line or from a manifest. The record, a JSON file beside the video, says how
+it was made; the same text stands in the video's metadata. Latents of a render that is not finished lie in a folder
+beside the video, from which --resume goes on.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import pathlib
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from emv3_jax import config, demo, media
+from emv3_jax.config import FPS, RATE, Preset
+from emv3_jax.errors import UserError
+from emv3_jax.manifest import Job, checked_job
+from emv3_jax.options import SamplingOptions
+from emv3_jax.pipeline import Pipeline, load_pipeline, weight_hashes, with_dtype
+from emv3_jax.request import Ready, Request, read_request
+
+MODES = {"default": lambda preset: preset, "released": config.released}
+
+
+def preset_of(cfg: Any) -> Preset:
+    """The preset that a config names, in its mode and dtype.
+
+    Raises:
+      UserError: the config is not for sampling, or names what does not exist.
+    """
+    if "mode" not in cfg:
+        raise UserError("this config is not for sampling (it has no key mode): give configs/demo.py")
+    if cfg.mode not in MODES:
+        raise UserError(f"config key mode: {cfg.mode!r} is none of {', '.join(MODES)}")
+    if not 1 <= cfg.enlarge <= 60:
+        raise UserError(f"config key enlarge must be from 1 to 60, got {cfg.enlarge}")
+    return with_dtype(MODES[cfg.mode](demo.preset(cfg)), cfg.dtype or None)
+
+
+def request_of(job: Job, cfg: Any) -> Request:
+    """The request of a job, with the config's own picture, sentence and prompt where the job is silent.
+
+    Raises:
+      UserError: the config has none.
+    """
+    own_picture = job.task in ("i2v", "flf2v") and job.image is None and cfg.puppet >= 0
+    own_sound = job.task != "lipsync" and job.audio is None and cfg.puppet >= 0
+    face = cfg.face if job.face is None else job.face
+    if job.task == "t2v" or face == "none":
+        face = None
+    return Request(
+        image=demo.portrait(cfg.puppet, demo.preset(cfg).height) if own_picture else job.image,
+        audio=demo.SENTENCE if own_sound else job.audio,
+        prompt=cfg.prompt if job.prompt is None else job.prompt,
+        frames=job.frames or cfg.frames or None,
+        seed=job.seed,
+        face=face,
+        task=job.task,
+        last_image=job.last_image,
+        video=job.video,
+        mouth=job.mouth,
+    )
+
+
+def options_of(job: Job, cfg: Any) -> SamplingOptions:
+    """The config's sampling section with the job's own values.
+
+    Raises:
+      UserError: a key that the section does not have, or a value that it cannot have.
+    """
+    unknown = [name for name in job.sampling if name not in cfg.sampling]
+    if unknown:
+        raise UserError(f"there is no column or sampling option {unknown[0]!r}; there are {', '.join(cfg.sampling)}")
+    for name, value in job.sampling.items():
+        kinds = (int, float) if isinstance(cfg.sampling[name], float) else (type(cfg.sampling[name]),)
+        if not isinstance(value, kinds):
+            raise UserError(f"{name} must be a {kinds[-1].__name__}, got {value!r}")
+    return SamplingOptions(**{**cfg.sampling, **job.sampling})
+
+
+def render_folder(out: pathlib.Path) -> pathlib.Path:
+    """Where the latents of an unfinished render lie."""
+    return out.with_name(out.name + ".render")
+
+
+def check_resume(out: pathlib.Path, resume: bool) -> None:
+    """Raises UserError where an unfinished render would be lost without a word."""
+    if render_folder(out).exists() and not resume:
+        raise UserError(
+            f"{render_folder(out)} holds an unfinished render of {out.name}: add --resume to go on, or remove it"
+        )
+
+
+class Renderer:
+    """Renders jobs of one config; the weights are read when the first job needs them."""
+
+    def __init__(self, cfg: Any, preset: Preset, words: Any):
+        self.cfg, self.preset, self.words = cfg, preset, words
+        self._pipe: Pipeline | None = None
+        self._hashes: dict[str, str] = {}
+
+    @property
+    def pipe(self) -> Pipeline:
+        if self._pipe is None:
+            weights = self.cfg.weights or None
+            self._pipe = load_pipeline(
+                self.preset.name, weights, preset=self.preset, low_memory=self.cfg.low_memory, words=self.words
+            )
+        return self._pipe
+
+    def read(self, job: Job) -> tuple[Ready, SamplingOptions]:
+        """Reads a job's files and checks its settings."""
+        options = options_of(job, self.cfg)
+        self.words.encode(list(options.negatives.prompts))
+        ready = read_request(request_of(job, self.cfg), self.preset, self.words)
+        for note in (*ready.notes, *([demo.PUPPETS_ONLY] if self.preset.name == "demo" else [])):
+            print(f"note: {note}")
+        return ready, options
+
+    def finished(self, job: Job) -> bool:
+        """Whether a job's video is there and was made with the same settings and weights."""
+        out = pathlib.Path(job.out)
+        try:
+            record = json.loads(out.with_suffix(".json").read_text())
+        except (OSError, ValueError):
+            return False
+        wanted = json.loads(json.dumps(self._settings(job)))
+        return out.is_file() and {name: record.get(name) for name in wanted} == wanted
+
+    def _settings(self, job: Job) -> dict[str, Any]:
+        """What a video depends on, but for the contents of the job's files."""
+        if not self._hashes:
+            self._hashes = weight_hashes(self.preset.name, self.cfg.weights or None)
+        return {
+            "preset": self.preset.name,
+            "mode": self.cfg.mode,
+            "dtype": self.preset.dit.dtype,
+            "weights": self._hashes,
+            "job": dataclasses.asdict(job),
+            "sampling": dataclasses.asdict(options_of(job, self.cfg)),
+        }
+
+    def render(self, job: Job, ready: Ready, options: SamplingOptions) -> None:
+        """Makes the job's files; says what it does and how long it took."""
+        out = pathlib.Path(job.out)
+        clock = Clock()
+        pipe = self.pipe
+        clock.lap("weights read")
+        record = self._record(job, ready)
+        try:
+            self._write(job, ready, options, pipe, clock, record)
+        except BaseException:
+            _keep_or_remove(render_folder(out))
+            raise
+        took = clock.total
+        record |= {"seconds": clock.laps, "peak_memory_gb": peak_memory()}
+        with media.atomic_path(out.with_suffix(".json")) as path:
+            path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+        made = f"{out} and {job.sheet}" if job.sheet else str(out)
+        print(f"wrote {made}: {ready.frames} frames, {ready.frames / FPS:.2f} s of video, in {took:.1f} s")
+        print("  " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in clock.laps.items()))
+        print("  peak memory " + ", ".join(f"{name} {size:.2f} GB" for name, size in peak_memory().items()))
+
+    def _write(
+        self, job: Job, ready: Ready, options: SamplingOptions, pipe: Pipeline, clock: "Clock", record: dict[str, Any]
+    ) -> None:
+        fps, count = ready.output
+        with tqdm(total=options.steps, desc="sampling", unit="step", disable=None) as bar:
+
+            def on_step(done: int, total: int) -> None:
+                clock.step(done)
+                bar.total = total
+                bar.update(done - bar.n)
+
+            folder = render_folder(pathlib.Path(job.out))
+            pieces = pipe.stream(ready, options, on_step, folder, tell=lambda line: tqdm.write(f"note: {line}"))
+            first = next(pieces)
+        clock.lap_steps("conditions")
+        height, width = first.shape[1:3]
+        shown: dict[int, np.ndarray] = {}
+        wanted = set(media.sheet_frames(count))
+        with media.VideoWriter(
+            job.out, height, width, fps=fps, wave=ready.wave, rate=RATE, scale=1 if ready.video else self.cfg.enlarge,
+            comment=json.dumps(record, ensure_ascii=False),
+        ) as video, tqdm(total=count, desc="decoding", unit="frame", disable=None) as bar:  # fmt: skip
+            for piece in _chain(first, pieces):
+                shown |= {video.count + k: frame for k, frame in enumerate(piece) if video.count + k in wanted}
+                video.write(piece)
+                bar.update(len(piece))
+        clock.lap("decoding and writing")
+        if job.sheet:
+            media.contact_sheet(shown, count, ready.wave, RATE, fps, job.sheet, ready.title)
+            clock.lap("sheet")
+
+    def _record(self, job: Job, ready: Ready) -> dict[str, Any]:
+        """How a video is made, as plain JSON."""
+        return {
+            "program": f"emv3_jax {importlib.metadata.version('emv3_jax')}",
+            "jax": jax.__version__,
+            "device": jax.devices()[0].device_kind,
+            **self._settings(job),
+            "frames": ready.frames,
+            "size": list(ready.size),
+            "face": ready.face,
+            "notes": list(ready.notes),
+        }
+
+
+def render_all(renderer: Renderer, rows: list[dict[str, Any]], resume: bool) -> int:
+    """Renders the rows of a manifest: finished ones are skipped, bad ones reported. Returns 1 if any failed, or 0."""
+    done, skipped, failed = 0, 0, []
+    for number, row in enumerate(rows, start=1):
+        name = f"row {number} of {len(rows)}"
+        try:
+            job = checked_job(row)
+            out = media.check_writable(job.out, (".mp4",))
+            if job.sheet:
+                media.check_writable(job.sheet, (".png",))
+            if renderer.finished(job):
+                print(f"{name}: {job.out} is finished", flush=True)
+                skipped += 1
+                continue
+            check_resume(out, resume)
+            print(f"{name}: {job.out}", flush=True)
+            ready, options = renderer.read(job)
+            renderer.render(job, ready, options)
+            done += 1
+        except UserError as error:
+            failed.append(number)
+            print(
+                "\n".join((f"{name}: {' '.join(error.message.split())}", *error.details)), file=sys.stderr, flush=True
+            )
+    summary = f"{len(rows)} rows: {done} made, {skipped} were finished, {len(failed)} failed"
+    print(summary + (f" (rows {', '.join(map(str, failed))})" if failed else ""))
+    return 1 if failed else 0
+
+
+class Clock:
+    """Seconds of the stages of a render; the first step is given apart, as far as it took longer than the others."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._started = self._last = time.monotonic()
+        self._steps: list[float] = []
+
+    @property
+    def total(self) -> float:
+        return time.monotonic() - self._started
+
+    def lap(self, name: str) -> None:
+        """Ends a stage."""
+        now = time.monotonic()
+        self.laps[name] = round(now - self._last, 3)
+        self._last = now
+
+    def step(self, done: int) -> None:
+        """A sampling step ended."""
+        self._steps.append(time.monotonic())
+
+    def lap_steps(self, name: str) -> None:
+        """Ends sampling; what came before the first step is the stage `name`, with the warm-up."""
+        if self._steps:
+            spans = np.diff(self._steps)
+            usual = float(np.median(spans)) if len(spans) else 0.0
+            self.laps[f"{name} and warm-up"] = round(max(0.0, self._steps[0] - self._last - usual), 3)
+            self.laps["sampling"] = round(self._steps[-1] - self._steps[0] + usual, 3)
+            self._last = self._steps[-1]
+        self.lap("first frame")
+
+
+def peak_memory() -> dict[str, float]:
+    """Most memory in use so far, in GB: of the process, and of the first accelerator."""
+    peak = {"process": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3)}
+    stats = jax.devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in stats:
+        peak["device"] = round(stats["peak_bytes_in_use"] / 2**30, 3)
+    return peak
+
+
+def _keep_or_remove(folder: pathlib.Path) -> None:
+    """After an interruption: latents of finished steps stay, a folder without any goes."""
+    progress = [json.loads(path.read_text())["done"] for path in folder.glob("chunk_*/progress.json")]
+    if any(progress):
+        print(f"note: the finished steps are kept in {folder}: go on with --resume", file=sys.stderr)
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _chain(first: np.ndarray, rest: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    yield first
+    yield from rest
