@@ -1,0 +1,162 @@
+"""Windows over a long latent, with a fake model whose answer can be worked out."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from emv3_jax.diffusion import long_video, solvers
+from emv3_jax.diffusion.long_video import follow, plan, released_plan
+from emv3_jax.diffusion.sampler import sample
+from emv3_jax.diffusion.store import Store
+from emv3_jax.errors import UserError
+
+SHAPE = (2, 3, 4)
+
+
+def test_windows_are_of_one_length_and_the_last_ends_with_the_video():
+    assert plan(11, 5, 2) == long_video.Windows((0, 3, 6), (5, 8, 11))
+    assert plan(10, 5, 2) == long_video.Windows((0, 3, 5), (5, 8, 10))
+    assert plan(5, 5, 2) == plan(5, 32, 8) == long_video.Windows((0,), (5,))
+    assert plan(10, 5, 0) == long_video.Windows((0, 5), (5, 10))
+    assert released_plan(10, 5, 2) == long_video.Windows((0, 3, 6), (5, 8, 10))
+    assert released_plan(11, 5, 2) == plan(11, 5, 2)
+    with pytest.raises(UserError, match="windows of 5 latent frames cannot overlap by 5"):
+        plan(9, 5, 5)
+
+
+@pytest.mark.parametrize("blend", [long_video.long_video_cfg, long_video.released_blend])
+@pytest.mark.parametrize("step", [0, 1])
+@pytest.mark.parametrize("windows", [plan(11, 5, 2), plan(10, 5, 2), plan(23, 8, 5), released_plan(12, 7, 3)])
+def test_weights_of_a_frame_add_up_to_one(windows, blend, step):
+    total = np.zeros(windows.total)
+    for start, end, row in zip(windows.starts, windows.ends, blend(windows, step), strict=True):
+        assert (row >= 0).all()
+        total[start:end] += row
+    np.testing.assert_allclose(total, 1, atol=1e-6)
+
+
+def test_the_later_window_counts_f_over_n():
+    """Paper eq. 4, frames 3 and 4 of windows [0, 5) and [3, 8): N = 2."""
+    first, second = long_video.long_video_cfg(plan(8, 5, 2), 1)
+    np.testing.assert_allclose(first, [1, 1, 1, 1, 0.5])
+    np.testing.assert_allclose(second, [0, 0.5, 1, 1, 1])
+    first, second = long_video.released_blend(plan(8, 5, 2), 1)
+    np.testing.assert_allclose(first, [1, 1, 1, 1, 0])
+    np.testing.assert_allclose(second, [0, 1, 1, 1, 1])
+    assert long_video.released_blend(plan(8, 5, 2), 0)[1].tolist() == [1, 1, 1, 1, 1]
+
+
+def field(x, t, i):
+    """Bends every number by itself, so that windows do not matter."""
+    return jnp.sin(1.7 * x + t / 300) + 0.3 * x
+
+
+def predictor(grid, calls=None, fail_at=None):
+    def predict(members, x, i, memory):
+        if calls is not None:
+            calls.append((i, members))
+            if fail_at is not None and len(calls) == fail_at:
+                raise KeyboardInterrupt
+        return field(jnp.asarray(x), grid.timesteps[i], i), ()
+
+    return predict
+
+
+def new_store(folder, noise, solver, settings=None):
+    state = solver.init(jnp.zeros((1, *SHAPE)))
+    start = lambda a, b: (noise[a:b], solver.init(noise[a:b]))  # noqa: E731
+    return Store(folder, settings or {"seed": 1}, SHAPE, state, start, len(noise))
+
+
+@pytest.mark.parametrize("name", solvers.SAMPLERS)
+@pytest.mark.parametrize("group", [1, 3])
+def test_windows_give_what_the_whole_gives(tmp_path, name, group):
+    """A field that acts on every frame alone must not notice the windows, whatever the solver remembers."""
+    sampler = solvers.SAMPLERS[name]
+    grid = sampler.grid(6, 5.0)
+    solver = sampler.solver(grid)
+    noise = np.random.default_rng(0).standard_normal((40, *SHAPE)).astype(np.float32)
+    store = new_store(tmp_path / "render", noise, solver)
+    follow(predictor(grid), solver, grid, plan(40, 9, 4), store, group=group)
+    whole = sample(lambda x, t, i: field(x, t[0], i), solver, grid, noise[None])
+    np.testing.assert_allclose(store.read_x(0, 40), whole[0], atol=2e-5)
+
+
+def test_overlaps_are_blended_by_their_weights(tmp_path):
+    """Each window says its own number: one Euler step of v = blend of the numbers."""
+    grid = solvers.SAMPLERS["flow"].grid(1, 5.0)
+    solver = solvers.euler(grid)
+    windows = plan(8, 5, 2)
+    store = new_store(tmp_path / "render", np.zeros((8, *SHAPE), np.float32), solver)
+    follow(lambda members, x, i, memory: (np.full_like(x, 10.0 * members[0]), ()), solver, grid, windows, store)
+    got = store.read_x(0, 8)[:, 0, 0, 0]
+    np.testing.assert_allclose(got, -np.array([0, 0, 0, 0, 5, 10, 10, 10]), atol=1e-5)
+
+
+@pytest.mark.parametrize("fail_at", [1, 4, 5, 11])
+def test_an_interrupted_render_goes_on_bit_for_bit(tmp_path, fail_at):
+    sampler = solvers.SAMPLERS["unipc"]
+    grid = sampler.grid(5, 5.0)
+    solver, windows = sampler.solver(grid), plan(12, 5, 2)
+    noise = np.random.default_rng(0).standard_normal((12, *SHAPE)).astype(np.float32)
+    whole = new_store(tmp_path / "whole", noise, solver)
+    follow(predictor(grid), solver, grid, windows, whole)
+    calls: list = []
+    with pytest.raises(KeyboardInterrupt):
+        follow(predictor(grid, calls, fail_at), solver, grid, windows, new_store(tmp_path / "cut", noise, solver))
+    again: list = []
+    steps: list = []
+    store = new_store(tmp_path / "cut", noise, solver)
+    assert store.done == (fail_at - 1) // len(windows.starts)
+    follow(predictor(grid, again), solver, grid, windows, store, on_step=lambda i, n: steps.append((i, n)))
+    assert steps == [(i + 1, 5) for i in range((fail_at - 1) // len(windows.starts), 5)]
+    np.testing.assert_array_equal(store.read_x(0, 12), whole.read_x(0, 12))
+
+
+def test_memory_is_kept_between_steps_and_runs(tmp_path):
+    grid = solvers.SAMPLERS["flow"].grid(3, 5.0)
+    solver = solvers.euler(grid)
+    seen = []
+
+    def predict(members, x, i, memory):
+        seen.append(None if memory is None else float(memory[0]))
+        return np.zeros_like(x), np.array([10.0 * i + members[0]], np.float32)
+
+    store = new_store(tmp_path / "render", np.zeros((8, *SHAPE), np.float32), solver)
+    follow(predict, solver, grid, plan(8, 5, 2), store)
+    assert seen == [None, None, 0.0, 1.0, 10.0, 11.0]
+
+
+def test_a_folder_of_another_render_is_refused(tmp_path):
+    grid = solvers.SAMPLERS["flow"].grid(3, 5.0)
+    solver, noise = solvers.euler(grid), np.zeros((4, *SHAPE), np.float32)
+    new_store(tmp_path / "render", noise, solver, {"seed": 1, "prompt": "a"})
+    with pytest.raises(UserError, match="belongs to a render with another prompt, seed: remove it"):
+        new_store(tmp_path / "render", noise, solver, {"seed": 2, "prompt": "b"})
+    (tmp_path / "render" / "progress.json").write_text("{")
+    with pytest.raises(UserError, match="progress.json is damaged"):
+        new_store(tmp_path / "render", noise, solver)
+
+
+def test_a_store_that_lost_frames_says_so(tmp_path):
+    grid = solvers.SAMPLERS["flow"].grid(3, 5.0)
+    store = new_store(tmp_path / "render", np.zeros((4, *SHAPE), np.float32), solvers.euler(grid))
+    (tmp_path / "render" / "a_0.f32").write_bytes(b"1234")
+    with pytest.raises(UserError, match="is cut off"):
+        store.read_x(0, 4)
+
+
+def test_memory_does_not_grow_with_length(tmp_path):
+    """What a step holds at once: arrays of a window, whatever the video's length."""
+    grid = solvers.SAMPLERS["flow"].grid(1, 5.0)
+    solver, largest = solvers.euler(grid), []
+
+    def predict(members, x, i, memory):
+        largest.append(sum(a.nbytes for a in jax.live_arrays()))
+        return np.zeros_like(x), ()
+
+    for length in (20, 200):
+        store = new_store(tmp_path / str(length), np.zeros((length, *SHAPE), np.float32), solver)
+        follow(predict, solver, grid, plan(length, 9, 4), store)
+    assert max(largest[-10:]) <= max(largest[:3]) + 50_000

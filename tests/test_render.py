@@ -1,0 +1,253 @@
+"""Long videos, tasks and interruptions through the pipeline, on the tiny preset with random weights."""
+
+import dataclasses
+
+import av
+import jax
+import numpy as np
+import pytest
+
+from emv3_jax import conditioning, config, contexts, media, render, request, steps
+from emv3_jax.diffusion.guidance import CHAIN
+from emv3_jax.errors import UserError
+from emv3_jax.pipeline import RATE, Pipeline, Request, SamplingOptions, read_request
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+RNG = np.random.default_rng(0)
+IMAGE = RNG.integers(0, 256, (32, 32, 3), np.uint8)
+WAVE = (0.1 * RNG.standard_normal(2 * RATE)).astype(np.float32)
+PROMPT = "A puppet nods."
+OPTIONS = SamplingOptions(steps=2, text_scale=2.0, overlap=2)
+
+
+def ask(frames: int, **changes) -> Request:
+    return dataclasses.replace(Request(IMAGE, WAVE[: frames * 640], PROMPT, frames=frames), **changes)
+
+
+def video(pipe: Pipeline, ask_for: Request, options: SamplingOptions = OPTIONS, **more) -> np.ndarray:
+    ready = read_request(ask_for, pipe.preset, pipe.words)
+    return np.concatenate(list(pipe.stream(ready, options, **more)))
+
+
+def difference(a: np.ndarray, b: np.ndarray) -> int:
+    return int(np.abs(a.astype(int) - b.astype(int)).max())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"sampler": "unipc"},
+        {"cache_threshold": 1e9, "cache_start": 1},
+        {"cfg_skip_ratio": 0.5},
+        {"negative_motion": "A puppet frowns.", "negative_detail": "slow"},
+    ],
+    ids=lambda change: "-".join(change) or "plain",
+)
+def test_one_window_is_what_sampling_in_memory_gives(tiny_pipeline, change, tmp_path):
+    """Whatever the options: the folder, the windows and their contexts change nothing."""
+    options = dataclasses.replace(OPTIONS, steps=3, **change)
+    ready = read_request(ask(9), tiny_pipeline.preset)
+    prepared, given = tiny_pipeline.prepare(ready)
+    latents = tiny_pipeline.sample_latents(prepared, given, tiny_pipeline.noise(0, 9), options)
+    again = render.Run(tiny_pipeline, ready, options, tmp_path / "render")
+    store = again.follow(again.whole(), options.windows(3, 13), None)
+    np.testing.assert_allclose(store.read_x(0, 3), latents[0], atol=2e-4)
+    plain = dataclasses.replace(OPTIONS, steps=3)
+    if change:
+        other = tiny_pipeline.sample_latents(prepared, given, tiny_pipeline.noise(0, 9), plain)
+        assert np.abs(np.asarray(latents - other)).max() > 1e-3
+
+
+@pytest.mark.parametrize("form", ["cfg", "chained", "released", "none"])
+def test_long_videos_have_their_length_and_begin_alike(tiny_pipeline, form):
+    options = dataclasses.replace(OPTIONS, long_video=form, window=13)
+    told: list = []
+    frames = video(tiny_pipeline, ask(37), options, tell=told.append)
+    assert frames.shape == (37, 32, 32, 3)
+    assert told[-1].startswith("long video:") and form in told[-1]
+    assert difference(frames[-1], frames[0]) > 2
+
+
+def test_the_voice_reaches_its_own_frames_of_a_long_video(tiny_pipeline):
+    """Another sound in the last half second changes the end and leaves the beginning as it is."""
+    options = dataclasses.replace(OPTIONS, window=9)
+    other = WAVE.copy()
+    other[29 * 640 :] = 0.1 * RNG.standard_normal(len(other) - 29 * 640)
+    a = video(tiny_pipeline, ask(41), options)
+    b = video(tiny_pipeline, ask(41, audio=other[: 41 * 640]), options)
+    assert difference(a[33:], b[33:]) > 2
+    assert np.abs(a[:17].astype(int) - b[:17]).mean() < 0.1 * np.abs(a[33:].astype(int) - b[33:]).mean()
+
+
+def test_windows_hear_what_the_whole_video_hears(tiny):
+    """A window's segments and features are the rows of the whole video's."""
+    from emv3_jax.models.audio_tokens import AudioTokens
+
+    encoder = AudioTokens(tiny.dit, parent=None)
+    features = RNG.standard_normal((82, 3)).astype(np.float32)
+    padded = np.concatenate([features, np.zeros((1, 3), np.float32)])
+    whole = padded[encoder.segments(82, 11)]
+    for start, count in ((0, 11), (0, 5), (3, 5), (6, 5)):
+        piece = encoder.piece(82, start, count)
+        heard = np.concatenate([piece.cut(features), np.zeros((1, 3), np.float32)])[piece.segments]
+        np.testing.assert_array_equal(heard, whole[start : start + count])
+    alone = encoder.piece(82, 3, 5, alone=True)
+    heard = np.concatenate([alone.cut(features), np.zeros((1, 3), np.float32)])[alone.segments]
+    own = np.concatenate([features[24:64], np.zeros((1, 3), np.float32)])
+    np.testing.assert_array_equal(heard, own[encoder.segments(40, 5)])
+
+
+def test_contexts_put_together_are_the_models_own(tiny_pipeline):
+    """Keys and values computed once for the video and for each window are those of the whole Conditions."""
+    pipe = tiny_pipeline
+    prepared, given = pipe.prepare(read_request(ask(9), pipe.preset))
+    velocity = pipe.velocity()
+    cond = conditioning.encode(pipe.params, pipe.preset, prepared, given)
+    want = jax.jit(lambda: velocity.apply("context", cond))()
+    parts = pipe.embed(prepared.ids, prepared.text_mask, prepared.image, prepared.has_image, OPTIONS)
+    segments = velocity.model.bind({"params": velocity.params}).audio_tokens.segments(18, 3)
+    window = contexts.Window(
+        given, prepared.audio, segments[None], np.zeros((1, 1), int), np.ones((1, 1, 3), np.float32),
+        np.zeros(1, int), prepared.face_mask,
+    )  # fmt: skip
+    got = steps.all_contexts(velocity, parts, window, CHAIN, (0,))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a[-1], b, atol=1e-5), got, want)
+
+
+def test_prompts_over_time_act_in_their_time(tiny_pipeline):
+    one = video(tiny_pipeline, ask(13))
+    same = video(tiny_pipeline, ask(13, prompt=f"0-0.2s: {PROMPT}; 0.2-9s: {PROMPT}"))
+    other = video(tiny_pipeline, ask(13, prompt=f"0-0.2s: {PROMPT}; 0.2-9s: A puppet frowns."))
+    assert difference(one, same) <= 2
+    assert difference(one, other) > 2
+
+
+def test_tasks_give_different_videos(tiny_pipeline):
+    videos = {
+        "i2v": video(tiny_pipeline, ask(9)),
+        "t2v": video(tiny_pipeline, ask(9, task="t2v", image=None)),
+        "flf2v": video(tiny_pipeline, ask(9, task="flf2v", last_image=255 - IMAGE)),
+    }
+    assert all(frames.shape == (9, 32, 32, 3) for frames in videos.values())
+    assert difference(videos["i2v"], videos["t2v"]) > 2 and difference(videos["i2v"], videos["flf2v"]) > 2
+
+
+@pytest.fixture(scope="module")
+def filmed(tmp_path_factory) -> str:
+    """A video of 20 frames at 20 a second, larger than the model's pictures, with sound."""
+    path = tmp_path_factory.mktemp("filmed") / "filmed.mp4"
+    frames = np.repeat(RNG.integers(0, 256, (5, 12, 12, 3), np.uint8).repeat(8, 1).repeat(8, 2), 4, axis=0)
+    with media.VideoWriter(path, 96, 96, fps=20, wave=WAVE[:RATE], rate=RATE) as writer:
+        writer.write(frames)
+    return str(path)
+
+
+def test_lip_sync_changes_the_mouth_and_nothing_else(tiny_pipeline, filmed):
+    mouth = (40, 72, 24, 60)
+    asked = Request(video=filmed, mouth=mouth, prompt=PROMPT, task="lipsync")
+    ready = read_request(asked, tiny_pipeline.preset)
+    assert ready.frames == 25 and ready.output == (20.0, 20)
+    assert any("20 frames a second" in note for note in ready.notes)
+    source = np.stack(list(media.VideoSource(filmed).frames()))
+    made = video(tiny_pipeline, asked)
+    assert made.shape == source.shape == (20, 96, 96, 3)
+    outside = np.ones((96, 96), bool)
+    outside[40:72, 24:60] = False
+    np.testing.assert_array_equal(made[:, outside], source[:, outside])
+    assert difference(made[:, 48:64, 36:48], source[:, 48:64, 36:48]) > 2
+    dubbed = video(tiny_pipeline, dataclasses.replace(asked, audio=WAVE[RATE : RATE + 16000]))
+    np.testing.assert_array_equal(dubbed[:, outside], source[:, outside])
+    assert difference(made, dubbed) > 2
+
+
+def test_lip_sync_of_a_long_video(tiny_pipeline, filmed):
+    asked = Request(video=filmed, mouth=(40, 72, 24, 60), prompt=PROMPT, task="lipsync")
+    options = dataclasses.replace(OPTIONS, window=13, overlap=1)
+    assert video(tiny_pipeline, asked, options).shape == (20, 96, 96, 3)
+    with pytest.raises(UserError, match="chained form does not know the task lipsync"):
+        video(tiny_pipeline, asked, dataclasses.replace(options, long_video="chained"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"task": "dance"}, "there is no task 'dance': one of i2v, t2v"),
+        ({"image": None}, "the task i2v needs image"),
+        ({"audio": None}, "the task i2v needs audio"),
+        ({"task": "flf2v"}, "the task flf2v needs last image"),
+        ({"last_image": IMAGE}, "the task i2v takes no last image"),
+        ({"task": "t2v"}, "the task t2v takes no image"),
+        ({"task": "lipsync"}, "the task lipsync takes no image"),
+        ({"task": "lipsync", "image": None}, "the task lipsync needs video"),
+        ({"task": "t2v", "image": None, "face": (0, 9, 0, 9)}, "the task t2v takes no face box"),
+        ({"mouth": (0, 9, 0, 9)}, "the task i2v takes no mouth"),
+    ],
+)
+def test_a_task_is_given_what_it_needs(tiny, changes, message):
+    with pytest.raises(UserError, match=message):
+        read_request(ask(5, **changes), tiny)
+
+
+def test_an_interrupted_render_gives_the_same_video(tiny_pipeline, tmp_path):
+    options = dataclasses.replace(OPTIONS, steps=4, window=13, sampler="dpmpp", cache_threshold=1e9, cache_start=2)
+    ready = read_request(ask(25), tiny_pipeline.preset)
+    whole = video(tiny_pipeline, ask(25), options)
+
+    def stop(done: int, total: int) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    folder = tmp_path / "render"
+    with pytest.raises(KeyboardInterrupt):
+        list(tiny_pipeline.stream(ready, options, stop, folder))
+    assert folder.is_dir()
+    with pytest.raises(UserError, match="render with another sampling: remove it, or ask for the same"):
+        list(tiny_pipeline.stream(ready, dataclasses.replace(options, shift=4.0), None, folder))
+    done: list = []
+    again = list(tiny_pipeline.stream(ready, options, lambda i, n: done.append(i), folder))
+    assert done == [3, 4] and not folder.exists()
+    np.testing.assert_array_equal(np.concatenate(again), whole)
+
+
+def test_released_mode_stretches_and_floors(tiny):
+    preset = config.released(dataclasses.replace(tiny, keep_proportions=True, height=64, width=64))
+    picture = RNG.integers(0, 256, (70, 47, 3), np.uint8)
+    ready = read_request(ask(5, image=picture, face=(0, 40, 0, 40)), preset)
+    assert ready.size == (64, 32) and any("stretched to 32x64" in note for note in ready.notes)
+    y1, y2, x1, x2 = ready.face
+    np.testing.assert_allclose([y2, x2], [40 * 64 / 70, 40 * 32 / 47], rtol=1e-6)
+    assert conditioning.face_tokens((0, 40, 0, 20), 64, 32, floored=True).reshape(4, 2).sum(0).tolist() == [2, 0]
+    assert conditioning.face_tokens((0, 40, 0, 20), 64, 32).reshape(4, 2).sum(0).tolist() == [3, 3]
+    assert request.fit_box((0, 70, 0, 47), 70, 47, 64, 32, "stretch") == (0, 63, 0, 31)
+
+
+# Video files
+
+
+def test_a_video_is_read_frame_by_frame(filmed):
+    source = media.VideoSource(filmed)
+    assert (source.height, source.width, source.fps, source.count, source.seconds) == (96, 96, 20.0, 20, 1.0)
+    assert len(list(source.frames())) == 20
+    at_25 = list(source.frames_at(25))
+    assert len(at_25) == 25
+    frames = list(source.frames())
+    for k, frame in enumerate(at_25):
+        np.testing.assert_array_equal(frame, frames[min(round(k * 20 / 25), 19)])
+    sound = source.sound(RATE)
+    assert sound is not None and abs(len(sound) - RATE) <= 1
+
+
+def test_the_record_stands_in_the_video(tmp_path):
+    with media.VideoWriter(tmp_path / "a.mp4", 16, 16, comment='{"seed": 3}') as writer:
+        writer.write(np.zeros((2, 16, 16, 3), np.uint8))
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        assert container.metadata["comment"] == '{"seed": 3}'
+
+
+@pytest.mark.parametrize("content", [b"", b"these are words"])
+def test_what_is_not_a_video(tmp_path, content):
+    (tmp_path / "a.mp4").write_bytes(content)
+    with pytest.raises(UserError, match=r"video .*a.mp4 is (empty|not a video)"):
+        media.VideoSource(tmp_path / "a.mp4")
