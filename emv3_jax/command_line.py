@@ -97,7 +97,7 @@ def parse(parser: Parser, arguments: Sequence[str]) -> tuple[argparse.Namespace,
     if unknown:
         name = unknown[0].partition("=")[0]
         kind = "option" if name.startswith("-") else "argument"
-        raise UserError(f"unknown {kind} {name}{_did_you_mean(name, parser.option_names)}; see --help")
+        raise UserError(f"unknown {kind} {name}{did_you_mean(name, parser.option_names)}; see --help")
     return options, load_config(options.config, overrides)
 
 
@@ -174,7 +174,7 @@ def _run_file(path: Path) -> ModuleType:
     if not path.is_file():
         known = sorted(str(p) for p in _config_folder(path).glob("*.py") if p.stem != "__init__")
         what = "is a directory" if path.is_dir() else "does not exist"
-        raise UserError(f"config file {path} {what}{_did_you_mean(str(path), known)}")
+        raise UserError(f"config file {path} {what}{did_you_mean(str(path), known)}")
     name = f"emv3_jax_config_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
@@ -209,7 +209,7 @@ def _override(config: ml_collections.ConfigDict, key: str, text: str) -> None:
     node = config
     for name in [*sections, last]:
         if not isinstance(node, ml_collections.ConfigDict) or name not in node:
-            raise UserError(f"unknown option {OVERRIDE}{key}{_did_you_mean(key, _leaves(config), prefix=OVERRIDE)}")
+            raise UserError(f"unknown option {OVERRIDE}{key}{did_you_mean(key, _leaves(config), prefix=OVERRIDE)}")
         parent, node = node, node[name]
     if isinstance(node, ml_collections.ConfigDict):
         raise UserError(f"{OVERRIDE}{key} is a section: set one of {', '.join(f'{OVERRIDE}{key}.{k}' for k in node)}")
@@ -293,7 +293,7 @@ def _leaves(config: ml_collections.ConfigDict, prefix: str = "") -> list[str]:
     return names
 
 
-def _did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
+def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
     """What follows a wrong word: the nearest right ones, or all of a short list, or nothing."""
     known = list(known)
     near = difflib.get_close_matches(word, known, n=3, cutoff=0.6)

@@ -21,13 +21,15 @@ import numpy as np
 from tqdm import tqdm
 
 from emv3_jax import config, demo, media
+from emv3_jax.command_line import did_you_mean
 from emv3_jax.config import FPS, RATE, Preset
 from emv3_jax.errors import UserError
-from emv3_jax.manifest import Job, checked_job
+from emv3_jax.manifest import COLUMNS, Job, checked_job
 from emv3_jax.options import SamplingOptions
 from emv3_jax.pipeline import Pipeline, load_pipeline, weight_hashes, with_dtype
 from emv3_jax.request import Ready, Request, read_request
 
+KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 MODES = {"default": lambda preset: preset, "released": config.released}
 
 
@@ -79,11 +81,12 @@ def options_of(job: Job, cfg: Any) -> SamplingOptions:
     """
     unknown = [name for name in job.sampling if name not in cfg.sampling]
     if unknown:
-        raise UserError(f"there is no column or sampling option {unknown[0]!r}; there are {', '.join(cfg.sampling)}")
+        advice = did_you_mean(unknown[0], [*COLUMNS, *cfg.sampling])
+        raise UserError(f"there is no column or sampling option {unknown[0]!r}{advice}")
     for name, value in job.sampling.items():
         kinds = (int, float) if isinstance(cfg.sampling[name], float) else (type(cfg.sampling[name]),)
         if not isinstance(value, kinds):
-            raise UserError(f"{name} must be a {kinds[-1].__name__}, got {value!r}")
+            raise UserError(f"{name} must be {KINDS[kinds[-1]]}, got {value!r}")
     return SamplingOptions(**{**cfg.sampling, **job.sampling})
 
 

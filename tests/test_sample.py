@@ -1,5 +1,6 @@
 """The command lines: every mistake is one line and exit status 2, at once, and nothing half-written is left behind."""
 
+import json
 import os
 import pathlib
 import re
@@ -14,7 +15,7 @@ from PIL import Image
 
 import sample
 import train
-from emv3_jax import checkpoint, command_line, config, demo, media, pipeline
+from emv3_jax import checkpoint, command_line, config, demo, jobs, manifest, media, pipeline
 from emv3_jax.errors import UserError
 from emv3_jax.training import dit_recipe, loop, recipes, vae_recipe
 from emv3_jax.training import state as train_state
@@ -56,7 +57,7 @@ BAD = {
     "long prompt": (["--prompt", "puppet " * 99], "has 99 words"),
     "three numbers of a face": (
         ["--face", "1,2,3"],
-        "--face must be four numbers y1,y2,x1,x2 in pixels or a .npy file, got '1,2,3'",
+        "--face must be four numbers y1,y2,x1,x2 in pixels, a .npy file, none, detect, largest or a number, got",
     ),
     "a face file that is not there": (["--face", "none.npy"], "face box none.npy does not exist"),
     "face of words": (["--face", "a,b,c,d"], "--face must be four numbers"),
@@ -70,8 +71,19 @@ BAD = {
     "key of the wrong type": (["--config.sampling.steps=few"], "--config.sampling.steps=few: the value must be"),
     "no steps": (["--config.sampling.steps=0"], "steps must be at least 1"),
     "unknown preset": (["--config.preset=huge"], "config key preset: 'huge' is none of demo"),
-    "impossible length": (["--config.frames=50"], "frames must be 4k + 1 between 5 and 125, got 50"),
+    "impossible length": (["--config.frames=50"], "frames must be 4k + 1 and at least 5, got 50"),
     "too small": (["--config.enlarge=0"], "config key enlarge must be from 1 to 60, got 0"),
+    "unknown task": (["--task=dance"], "there is no task 'dance': one of i2v, t2v, flf2v, lipsync"),
+    "no last image": (["--task=flf2v"], "the task flf2v needs last image"),
+    "a last image of i2v": (["--last-image=good.png"], "the task i2v takes no last image"),
+    "missing video": (["--task=lipsync", "--video=none.mp4"], "video none.mp4 does not exist"),
+    "mouth of words": (["--mouth=wide"], "--mouth must be four numbers y1,y2,x1,x2 in pixels, got 'wide'"),
+    "times of a prompt": (["--prompt=0-2s: a puppet nods; 3-4s: waves"], "prompt, character 22: this part must start"),
+    "unknown mode": (["--config.mode=fast"], "config key mode: 'fast' is none of default, released"),
+    "unknown dtype": (["--config.dtype=int8"], "dtype must be float32 or bfloat16, got 'int8'"),
+    "unknown form": (["--config.sampling.long_video=x"], "there is no form of long video 'x'"),
+    "window": (["--config.sampling.window=8"], "window must be 4k + 1 frames"),
+    "missing manifest": (["--manifest=none.jsonl"], "manifest none.jsonl does not exist"),
     "missing weights": (["--config.weights=none"], "no weights at none"),
     "a config for training": (["--config", str(ROOT / "configs" / "demo_vae.py")], "this config is not for sampling"),
     "missing config": (["--config", "none.py"], "config file none.py does not exist"),
@@ -102,12 +114,14 @@ def test_a_mistake_is_one_line(name, files, monkeypatch, capsys):
 
 def test_what_is_not_given_is_the_demos_own():
     cfg = command_line.load_config(DEMO_CONFIG)
-    request = demo.fill(None, None, None, None, 5, cfg)
-    assert request.prompt == cfg.prompt and request.seed == 5 and request.frames is None
+    request = jobs.request_of(manifest.Job("a.mp4", seed=5), cfg)
+    assert request.prompt == cfg.prompt and request.seed == 5 and request.frames is None and request.face is None
     ready = pipeline.read_request(request, config.DEMO)
     assert ready.image.shape == (64, 64, 3) and ready.image.std() > 20
     assert not any("does not know" in note for note in ready.notes)
-    given = demo.fill("a.png", "a.wav", "A puppet nods.", (0, 1, 2, 3), 0, cfg)
+    given = jobs.request_of(
+        manifest.Job("a.mp4", "a.png", None, None, "a.wav", "A puppet nods.", face=(0, 1, 2, 3)), cfg
+    )
     assert (given.image, given.audio, given.prompt, given.face) == ("a.png", "a.wav", "A puppet nods.", (0, 1, 2, 3))
     with pytest.raises(UserError, match="config key puppet must be 0 or more, got -1"):
         demo.portrait(-1, 64)
@@ -129,6 +143,10 @@ def test_a_video_and_a_sheet_are_made(tiny_words, files, capsys):
     captured = capsys.readouterr()
     assert "note: image 64x64 is scaled to 32x32" in captured.out
     assert "wrote talk.mp4 and sheet.png: 5 frames, 0.20 s of video" in captured.out
+    assert "sampling" in captured.out and "peak memory process" in captured.out
+    record = json.loads((files / "talk.json").read_text())
+    assert record["job"]["prompt"] == "A puppet nods." and set(record["weights"]) == {"dit", "text", "image", "vae"}
+    assert not (files / "talk.mp4.render").exists()
     frames, fps, wave = media.read_video(files / "talk.mp4")
     assert frames.shape == (5, 64, 64, 3) and fps == 25 and wave is not None
     assert media.load_image(files / "sheet.png")[0].size > 0
@@ -138,7 +156,7 @@ def test_a_video_and_a_sheet_are_made(tiny_words, files, capsys):
 @pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt(), 130), (UserError("the disk is full"), 2)])
 def test_what_breaks_off_leaves_nothing(tiny_words, files, monkeypatch, capsys, error, status):
     before = sorted(files.rglob("*"))
-    writes = []
+    writes, write = [], media.VideoWriter.write
 
     def break_off(self, frames):
         writes.append(len(frames))
@@ -147,7 +165,17 @@ def test_what_breaks_off_leaves_nothing(tiny_words, files, monkeypatch, capsys, 
 
     monkeypatch.setattr(media.VideoWriter, "write", break_off)
     assert command_line.run_main(sample.main, tiny_words) == status
-    assert writes == [1, 4] and sorted(files.rglob("*")) == before
+    # The latents of the finished step stay, for --resume; of the video nothing does.
+    kept = files / "talk.mp4.render"
+    assert (
+        writes == [1, 4] and [path for path in sorted(files.rglob("*")) if kept not in (path, *path.parents)] == before
+    )
+    assert "the finished steps are kept in talk.mp4.render" in capsys.readouterr().err
+    monkeypatch.setattr(media.VideoWriter, "write", write)
+    assert command_line.run_main(sample.main, tiny_words) == 2
+    assert "holds an unfinished render of talk.mp4: add --resume to go on, or remove it" in capsys.readouterr().err
+    assert command_line.run_main(sample.main, [*tiny_words, "--resume"]) == 0
+    assert (files / "talk.mp4").exists() and not kept.exists()
 
 
 def test_output_in_a_folder_that_cannot_be_written(files, monkeypatch, capsys):
@@ -234,7 +262,7 @@ def keys_read_by(*modules) -> set[str]:
 
 
 SHARED = (loop, train_state, recipes)
-READERS = {"vae": (vae_recipe, *SHARED), "dit": (dit_recipe, *SHARED), None: (demo, sample)}
+READERS = {"vae": (vae_recipe, *SHARED), "dit": (dit_recipe, *SHARED), None: (demo, jobs, sample)}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
