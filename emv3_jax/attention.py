@@ -1,5 +1,8 @@
 """attention(q, k, v): one signature; the kernel follows the platform that the program is compiled for.
 
+`self_attention` is the same for a sequence that may be divided over devices: by heads (Ulysses) where their number
+allows, else in a ring; without such a mesh it is `attention`.
+
 CUDA runs cuDNN flash attention (bf16, fp16), TPU runs splash attention, everything else plain XLA, in query chunks
 where the sequence is long. `jax.lax.platform_dependent` decides at lowering time, so compiling ahead of time for
 another machine picks that machine's kernel.
@@ -14,6 +17,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
+
+from emv3_jax import sharding
 
 CHUNK = 512  # queries per chunk of the plain form
 LONG = 2048  # from more query tokens than this on, the plain form works in chunks
@@ -38,6 +44,71 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None =
     if not branches:
         return _xla_attention(q, k, v)
     return jax.lax.platform_dependent(q, k, v, default=_xla_attention, **branches)
+
+
+def self_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """`attention` of a sequence with itself, q k v [B, L, N, K], divided along L over the mesh's axis "context".
+
+    The mesh is the one of `jax.set_mesh`. Ulysses gives each device all tokens of some heads, ring all heads of some
+    tokens, past which keys and values travel. Lengths that do not divide are padded.
+    """
+    devices = sharding.axis_size(sharding.CONTEXT)
+    if devices == 1:
+        return attention(q, k, v)
+    length, heads = q.shape[1:3]
+    form = ulysses_attention if heads % devices == 0 else ring_attention
+    batch = sharding.present(sharding.DATA) if q.shape[0] % sharding.axis_size(sharding.DATA) == 0 else None
+    spec = PartitionSpec(batch, sharding.CONTEXT)
+    run = jax.shard_map(partial(form, length=length), in_specs=(spec,) * 3, out_specs=spec, check_vma=False)
+    rest = -length % devices
+    padded = (jnp.pad(x, ((0, 0), (0, rest), (0, 0), (0, 0))) for x in (q, k, v))
+    return run(*padded)[:, :length]
+
+
+def ulysses_attention(q: jax.Array, k: jax.Array, v: jax.Array, length: int) -> jax.Array:
+    """Inside shard_map: [B, L/n, N, K] of each of n devices -> the same; every device attends for N/n heads.
+
+    length: of the whole sequence without padding (Jacobs et al. 2023).
+    """
+    swap = partial(jax.lax.all_to_all, axis_name=sharding.CONTEXT, tiled=True)
+    whole = [swap(x, split_axis=2, concat_axis=1) for x in (q, k, v)]
+    out = attention(*(x[:, :length] for x in whole))
+    out = jnp.pad(out, ((0, 0), (0, whole[0].shape[1] - length), (0, 0), (0, 0)))
+    return swap(out, split_axis=1, concat_axis=2)
+
+
+def ring_attention(q: jax.Array, k: jax.Array, v: jax.Array, length: int) -> jax.Array:
+    """Inside shard_map: [B, L/n, N, K] of each of n devices -> the same; keys and values go around (Liu et al. 2023).
+
+    length: of the whole sequence without padding. Softmax is accumulated in float32, a head at a time.
+    """
+    axis = sharding.CONTEXT
+    devices, here = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
+    block, width = k.shape[1], q.shape[-1]
+    onward = [(i, (i + 1) % devices) for i in range(devices)]
+
+    def one_head(args: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        query, key, value, top, total, out, real = args
+        logits = jnp.einsum("BLK,BSK->BLS", query, key, preferred_element_type=jnp.float32) * width**-0.5
+        logits = jnp.where(real, logits, jnp.finfo(jnp.float32).min)
+        highest = jnp.maximum(top, logits.max(-1, keepdims=True))
+        weights, kept = jnp.exp(logits - highest) * real, jnp.exp(top - highest)
+        values = jnp.einsum("BLS,BSK->BLK", weights, value.astype(jnp.float32))
+        return highest, total * kept + weights.sum(-1, keepdims=True), out * kept + values
+
+    def step(i: jax.Array, carry: tuple) -> tuple:
+        key, value, *sums = carry
+        source = (here - i) % devices  # whose keys these are
+        real = jnp.broadcast_to(source * block + jnp.arange(block) < length, (heads, block))
+        sums = jax.lax.map(one_head, (queries, key, value, *sums, real))
+        return *(jax.lax.ppermute(x, axis, onward) for x in (key, value)), *sums
+
+    queries, keys, values = (jnp.moveaxis(x, 2, 0) for x in (q, k, v))
+    heads, batch, tokens = queries.shape[:3]
+    start = jnp.full((heads, batch, tokens, 1), jnp.finfo(jnp.float32).min)
+    zeros = jnp.zeros_like(start), jnp.zeros((heads, batch, tokens, width), jnp.float32)
+    *_, total, out = jax.lax.fori_loop(0, devices, step, (keys, values, start, *zeros))
+    return jnp.moveaxis(out / total, 0, 2).astype(q.dtype)
 
 
 def plain_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:

@@ -4,6 +4,7 @@ A render runs in stages: the request's words and picture are embedded once (`Pip
 followed through the windows of the video, whose latents lie in a folder (`Pipeline.follow`), then they are decoded.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -64,13 +65,25 @@ class Pipeline:
       phda: how much text, image and audio count at a timestep; default: the paper's phases for presets trained with
         them, all equally for the others.
       words: the tokenizer; default: the preset's own.
+      mesh: over whose devices the sampling steps are divided (`sharding`); default: one device does it all.
     """
 
-    def __init__(self, preset: Preset, params: Mapping[str, Any], phda: PhDAConfig | None = None, words: Any = None):
-        self.preset, self.params = preset, params
+    def __init__(
+        self,
+        preset: Preset,
+        params: Mapping[str, Any],
+        phda: PhDAConfig | None = None,
+        words: Any = None,
+        mesh: jax.sharding.Mesh | None = None,
+    ):
+        self.preset, self.params, self.mesh = preset, params, mesh
         self.words = words or conditioning.tokenizer(preset)
         self.vae = vae_model.WanVAE(preset.vae)
         self._weights = phda or (PhDAConfig() if preset.phda else None)
+
+    def on_mesh(self) -> contextlib.AbstractContextManager:
+        """Within it, what is compiled is divided over the pipeline's devices."""
+        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
     def velocity(self) -> guidance.ModelVelocity:
         """The transformer with its weights."""
@@ -144,7 +157,8 @@ class Pipeline:
         plan, stages = steps.make_steps(options, velocity), tuple(range(parts.negatives))
         rows = steps.all_contexts(velocity, parts, window, chain=plan.chain, stages=stages)
         guided = plan.guide(velocity, rows, plan.rows(len(stages)))
-        return sampling.sample(guided, options.solver, options.grid, noise, on_step)
+        with self.on_mesh():
+            return sampling.sample(guided, options.solver, options.grid, noise, on_step)
 
     def noise(self, seed: int, frames: int, size: tuple[int, int] | None = None) -> jax.Array:
         """Standard normal [1, T, h, w, 16], the same on every machine; size: in pixels, default the preset's.
@@ -271,7 +285,7 @@ def load_pipeline(
         default: the shipped weights.
       dtype: of the transformer's matmuls, "float32" or "bfloat16"; default: bfloat16 on accelerators, where it is many
         times faster, float32 on a CPU, where it is slower.
-      mesh: spreads the parameters over devices by the rules of `sharding`; default: the first device holds them all.
+      mesh: spreads parameters and sampling over devices (`sharding.make_mesh`); default: the first device does it all.
       preset: a variant of the named preset with weights of the same shapes (`config.released`); dtype is then its own.
       words: the tokenizer, where it has been read.
       low_memory: one model at a time is in memory, and read from its files whenever it is used.
@@ -287,7 +301,7 @@ def load_pipeline(
         for role, like in expected_params(preset).items()
     }
     params = LoadedWhenUsed(loaders) if low_memory else {role: load() for role, load in loaders.items()}
-    return Pipeline(preset, params, words=words)
+    return Pipeline(preset, params, words=words, mesh=mesh)
 
 
 class LoadedWhenUsed(Mapping[str, Any]):

@@ -119,7 +119,8 @@ class Run:
             window = self._window(clip, [spans[k] for k in members], prompts)
             arguments = self.velocity, self.steps, self.shared, window, x
             memory = steps.no_memory(*arguments) if memory is None else memory
-            return steps.window_velocity(*arguments, np.int32(i), memory)
+            with pipe.on_mesh():
+                return steps.window_velocity(*arguments, np.int32(i), memory)
 
         group = min(self.options.windows_together, len(spans))
         long_video.follow(predict, solver, self.options.grid, windows, store, form.blend, group, on_step)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from emv3_jax import sharding
 from emv3_jax.contexts import Shared, Window, branch_contexts
 from emv3_jax.diffusion import guidance, negatives, step_cache
 from emv3_jax.options import SamplingOptions
@@ -82,6 +83,7 @@ def window_velocity(
     memory: Any,
 ) -> tuple[jax.Array, Any]:  # fmt: skip
     """Guided velocity of step i for a batch of windows x [B, T, h, w, C], and what is to be remembered."""
+    window, x = jax.tree.map(lambda leaf: sharding.divide(leaf, sharding.DATA), (window, x))
     stage = jnp.asarray(steps.stages)[i]
     contexts = branch_contexts(velocity, shared, window, steps.chain, (stage,))
     t = jnp.full(x.shape[:1], jnp.asarray(steps.timesteps)[i])

@@ -10,8 +10,9 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from emv3_jax.config import PRESETS
+from emv3_jax.errors import UserError
 from emv3_jax.pipeline import expected_params
-from emv3_jax.sharding import make_mesh, param_shardings, spec_for
+from emv3_jax.sharding import AXES, make_mesh, param_shardings, spec_for
 
 
 def test_rules_by_hand():
@@ -26,7 +27,7 @@ def test_rules_by_hand():
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_parameter_of_every_preset_has_a_rule_and_most_values_are_divided(name):
     shapes = expected_params(PRESETS[name])
-    mesh = jax.sharding.AbstractMesh((8,), ("fsdp",))
+    mesh = jax.sharding.AbstractMesh((1, 1, 1, 8), AXES)
     divided = whole = 0
     for role, tree in shapes.items():
         shardings = param_shardings(tree, mesh)
@@ -41,24 +42,61 @@ def test_every_parameter_of_every_preset_has_a_rule_and_most_values_are_divided(
 
 EIGHT_DEVICES = """
 import jax, numpy as np
+jax.config.update("jax_disable_most_optimizations", True)  # compiled once and run on next to nothing
 from emv3_jax import Request, SamplingOptions, load_pipeline
 from emv3_jax.sharding import make_mesh
-request = Request(np.full((64, 64, 3), 128, np.uint8), np.zeros(4000, np.float32), "A puppet nods.", frames=5)
-one, eight = load_pipeline("demo"), load_pipeline("demo", mesh=make_mesh())
-kernel = eight.params["dit"]["blocks"]["mlp"]["up"]["kernel"]
-assert len(kernel.addressable_shards) == 8 and kernel.addressable_shards[0].data.shape[-1] * 8 == kernel.shape[-1]
-a, b = (pipe.generate(request, SamplingOptions(steps=2)).frames.astype(int) for pipe in (one, eight))
-assert a.std() > 1 and abs(a - b).max() <= 1, abs(a - b).max()  # one of 255: sums in another order, then rounding
+request = Request(np.full((64, 64, 3), 128, np.uint8), np.zeros(4000, np.float32), "A puppet nods.", frames=13)
+options = SamplingOptions(steps=2, window=9, overlap=1, windows_together=2)
+want = load_pipeline("demo").generate(request, options).frames.astype(int)
+assert want.std() > 1
+for axes in ({}, {"data": 2, "branch": 2, "context": 2}):
+    pipe = load_pipeline("demo", mesh=make_mesh(**axes))
+    if not axes:
+        kernel = pipe.params["dit"]["blocks"]["mlp"]["up"]["kernel"]
+        assert len(kernel.addressable_shards) == 8
+        assert kernel.addressable_shards[0].data.shape[-1] * 8 == kernel.shape[-1]
+    got = pipe.generate(request, options).frames.astype(int)
+    assert abs(want - got).max() <= 1, (axes, abs(want - got).max())  # of 255: sums in another order, then rounding
 print("good")
 """
 
 
-def test_eight_devices_make_the_video_of_one():
+def on_eight_devices(code: str) -> subprocess.CompletedProcess:
     env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     env["PYTHONPATH"] = str(Path(__file__).parents[1])
-    done = subprocess.run([sys.executable, "-c", EIGHT_DEVICES], env=env, capture_output=True, text=True)
-    assert done.stdout == "good\n", done.stderr
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_eight_devices_make_the_video_of_one():
+    assert on_eight_devices(EIGHT_DEVICES).stdout == "good\n"
 
 
 def test_a_mesh_of_all_devices():
-    assert make_mesh().shape == {"fsdp": len(jax.devices())}
+    assert make_mesh().shape == {"data": 1, "branch": 1, "context": 1, "fsdp": len(jax.devices())}
+    with pytest.raises(UserError, match="devices cannot be divided into data 3"):
+        make_mesh(data=3)
+
+
+ATTENTION = """
+import jax, jax.numpy as jnp, numpy as np
+from emv3_jax import attention
+from emv3_jax.sharding import make_mesh
+rng = np.random.default_rng(0)
+# Heads that divide by the devices (Ulysses) and that do not (ring); lengths that divide, and that are padded.
+for heads, length, context in ((4, 32, 4), (3, 32, 4), (8, 30, 8), (3, 29, 8)):
+    q, k, v = (jnp.asarray(rng.standard_normal((2, length, heads, 8)), jnp.float32) for _ in range(3))
+    loss = lambda f, q: (f(q, k, v) ** 2).sum()
+    want = attention.plain_attention(q, k, v), jax.grad(lambda q: loss(attention.plain_attention, q))(q)
+    with jax.set_mesh(make_mesh(context=context, data=8 // context)):
+        gradient = jax.jit(jax.grad(lambda q: loss(attention.self_attention, q)))
+        got = jax.jit(attention.self_attention)(q, k, v), gradient(q)
+    for a, b in zip(got, want):
+        np.testing.assert_allclose(a, b, atol=5e-6)
+print("good")
+"""
+
+
+def test_attention_of_a_divided_sequence_is_that_of_the_whole():
+    assert on_eight_devices(ATTENTION).stdout == "good\n"

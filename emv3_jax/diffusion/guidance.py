@@ -24,6 +24,7 @@ import numpy as np
 from flax import linen as nn
 from flax import struct
 
+from emv3_jax import sharding
 from emv3_jax.diffusion.sampler import as_pytree
 from emv3_jax.errors import UserError
 
@@ -208,7 +209,13 @@ class Guided:
         if jax.tree.leaves(rows)[0].shape[0] == 1:
             out = one(*(jax.tree.map(lambda leaf: leaf[0], row) for row in rows))
             return jax.tree.map(lambda leaf: leaf[None], out)
-        return jax.vmap(one)(*rows) if self.together else jax.lax.map(lambda row: one(*row), rows)
+        if not self.together:
+            return jax.lax.map(lambda row: one(*row), rows)
+        count = jax.tree.leaves(rows)[0].shape[0]
+        axis = sharding.BRANCH if sharding.axis_size(sharding.BRANCH) == count else None
+        if axis:
+            rows = jax.tree.map(lambda leaf: sharding.divide(leaf, axis), rows)
+        return jax.vmap(one, spmd_axis_name=axis)(*rows)
 
 
 def _last(rows: Any) -> Any:

@@ -21,7 +21,8 @@ import numpy as np
 from flax import linen as nn
 from flax import struct
 
-from emv3_jax.attention import attention
+from emv3_jax import sharding
+from emv3_jax.attention import self_attention
 from emv3_jax.config import DiTConfig
 from emv3_jax.layers import MLP, LayerNorm, RMSNorm, apply_rotary, gelu_exact, rotary_tables, sinusoidal_features
 from emv3_jax.models.audio_tokens import audio_encoder
@@ -97,7 +98,7 @@ class SelfAttention(nn.Module):
         # The norm runs over the full width, before the split into heads.
         q, k = RMSNorm(epsilon=1e-6, name="query_norm")(q), RMSNorm(epsilon=1e-6, name="key_norm")(k)
         q, k = (apply_rotary(y.reshape(heads), rotary).astype(cfg.dtype) for y in (q, k))
-        out = attention(q, k, v.reshape(heads))
+        out = self_attention(q, k, v.reshape(heads))
         return nn.Dense(cfg.width, dtype=cfg.dtype, name="out")(out.reshape(x.shape))
 
 
@@ -240,7 +241,8 @@ class DiT(nn.Module):
         if x.shape != (*context.given.shape[:-1], cfg.latent_channels) or t.shape != x.shape[:1]:
             raise ValueError(f"x {x.shape} and t {t.shape} do not fit conditions given as {context.given.shape}")
         grid = _grid(x.shape, cfg.patch)
-        return self.patch_embedding(jnp.concatenate([x, context.given], axis=-1)), grid
+        tokens = self.patch_embedding(jnp.concatenate([x, context.given], axis=-1))
+        return sharding.divide(tokens, sharding.DATA, sharding.CONTEXT), grid
 
     def _velocity_of(self, tokens: jax.Array, t: jax.Array, grid: tuple[int, int, int]) -> jax.Array:
         """Tokens that leave the blocks -> velocity [B, T, h, w, 16]."""
