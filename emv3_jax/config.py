@@ -149,6 +149,10 @@ class Preset:
     speech: Wav2Vec2Config | None = None  # the speech encoder, where the audio encoder is one
     vocabulary: tuple[str, ...] = ()  # of the word tokenizer; none: umT5's own tokenizer, from the weights' folder
     keep_proportions: bool = False  # pictures keep their proportions instead of becoming height x width
+    # Sizes are compiled for, so they are rounded: sides of pictures (0: as released, down to multiples of 16), and
+    # latent frames of videos of one window, whose surplus is cut off again.
+    side_step: int = 0
+    latent_step: int = 1
     phda: bool = False  # trained with PhDA weights (paper eq. 2)
     fit: str = "crop"  # how a picture gets its size (media.fit_image)
     face_floored: bool = False  # the tokens of a face box: False, all that it touches; True, both ends rounded down
@@ -189,6 +193,8 @@ PREVIEW = Preset(
     audio="wav2vec2",
     speech=Wav2Vec2Config(),
     keep_proportions=True,
+    side_step=32,
+    latent_step=4,
 )
 FLASH = dataclasses.replace(PREVIEW, name="flash", dit=DIT_FLASH, audio="wav2vec2_windows")
 PRESETS = {preset.name: preset for preset in (DEMO, PREVIEW, FLASH)}
@@ -196,5 +202,6 @@ PRESETS = {preset.name: preset for preset in (DEMO, PREVIEW, FLASH)}
 
 def released(preset: Preset) -> Preset:
     """The preset with the released program's quirks in place of what is right (SPEC section 3): pictures are stretched
-    to the output size, by up to 15 pixels, and a face box loses the tokens that its lower and right edge reach into."""
-    return dataclasses.replace(preset, fit="stretch", face_floored=True)
+    to the output size, by up to 15 pixels, and a face box loses the tokens that its lower and right edge reach into.
+    Sizes are its own too."""
+    return dataclasses.replace(preset, fit="stretch", face_floored=True, side_step=0, latent_step=1)

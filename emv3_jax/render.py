@@ -59,7 +59,7 @@ def stream(
 ) -> Iterator[np.ndarray]:
     """See `Pipeline.stream`, whose arguments these are; the folder is removed at the end."""
     run = Run(pipe, ready, options, folder)
-    windows = options.windows(run.latent_frames(ready.frames), pipe.preset.max_frames)
+    windows = options.windows(run.latent_frames(run.frames), pipe.preset.max_frames)
     for line in steps.describe(run.steps):
         tell(line)
     if len(windows.starts) > 1:
@@ -67,7 +67,7 @@ def stream(
     if options.long_video == "chained" and len(windows.starts) > 1:
         frames = run.chained(on_step)
     else:
-        frames = run.decode(run.follow(run.whole(), windows, on_step))
+        frames = _first(ready.frames, run.decode(run.follow(run.whole(), windows, on_step)))
     yield from frames if ready.video is None else run.dubbed(frames)
     shutil.rmtree(folder, ignore_errors=True)
 
@@ -82,12 +82,21 @@ class Run:
         ids, mask = pipe.words.encode([span.text for span in ready.prompts])
         has_image = np.array([ready.task != "t2v"], np.float32)
         self.shared = pipe.embed(ids, mask, scaled(ready.image)[None], has_image, options)
-        self.features = conditioning.audio_features(preset, ready.heard, ready.frames, pipe.params)
+        self.frames = self._rounded_frames()
+        self.features = conditioning.audio_features(preset, ready.heard, self.frames, pipe.params)
         face = ready.face if preset.dit.audio_windows is None else None
         self.gain = conditioning.face_tokens(face, *ready.size, preset.face_floored)
         self.velocity = pipe.velocity()
         self.steps = steps.make_steps(options, self.velocity)
         self.audio = audio_encoder(preset.dit, parent=None)
+
+    def _rounded_frames(self) -> int:
+        """Frames that are made: some more than asked for, so that few lengths are compiled for one window."""
+        count, step = self.latent_frames(self.ready.frames), self.pipe.preset.latent_step
+        longest = self.latent_frames(self.options.window or self.pipe.preset.max_frames)
+        rounded = min(-(-count // step) * step, longest)
+        ends_open = self.ready.task in ("i2v", "t2v")
+        return self.video_frames(rounded) if ends_open and count <= longest else self.ready.frames
 
     def latent_frames(self, frames: int) -> int:
         return (frames - 1) // self.pipe.preset.vae.temporal_factor + 1
@@ -97,7 +106,7 @@ class Run:
 
     def whole(self) -> Clip:
         """The whole video as one clip."""
-        count = self.latent_frames(self.ready.frames)
+        count = self.latent_frames(self.frames)
         given = self._given_by_pictures(count) if self.ready.video is None else self._given_by_video(count)
         return Clip(self.features, timeline.shares(self.ready.prompts, count), given)
 
@@ -181,7 +190,7 @@ class Run:
     def _chunk(self, number: int, length: int, tail: list[np.ndarray]) -> Clip:
         """Chunk `number` of the chained form, given the last frames of the one before."""
         first = number * (length - HANDED_ON)
-        rate = len(self.features) // self.ready.frames
+        rate = len(self.features) // self.frames
         features = self.features[rate * first : rate * (first + length)]
         features = np.pad(features, ((0, rate * length - len(features)), *((0, 0),) * (features.ndim - 1)))
         spans = [
@@ -305,6 +314,14 @@ def _digest(array: np.ndarray) -> str:
 def _part_of(on_step: OnStep | None, number: int, count: int) -> OnStep | None:
     """on_step for one of `count` runs, counted through."""
     return on_step and (lambda done, steps: on_step(number * steps + done, count * steps))
+
+
+def _first(count: int, pieces: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    """So many frames of pieces [k, H, W, 3], whatever follows them; all pieces are taken."""
+    for piece in pieces:
+        if count > 0:
+            yield piece[:count]
+        count -= len(piece)
 
 
 def _in_groups(frames: Iterator[np.ndarray], size: int) -> Iterator[np.ndarray]:

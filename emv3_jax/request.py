@@ -85,17 +85,31 @@ def frames_for(seconds: float) -> int:
 def fitted_size(height: int, width: int, preset: Preset) -> tuple[int, int]:
     """Height and width of a preset's video of a height x width picture (SPEC section 3, output size).
 
-    Either the preset's own, or the picture's proportions in at most the preset's area, both sides floored to multiples
-    of 16.
+    Either the preset's own; or the picture's proportions in at most the preset's area, both sides floored to multiples
+    of 16, as released; or, with a `side_step`, the multiples of it that lose least of the picture and of the area.
     """
     if not preset.keep_proportions:
         return preset.height, preset.width
     area = min(preset.height * preset.width, height * width)
+    if preset.side_step and min(height, width) >= preset.side_step:
+        return _rounded_size(height / width, area, preset.side_step)
     # The largest multiple of 16 whose square is at most area·h/w, in whole numbers: nothing is lost to rounding.
     fitted_height, fitted_width = (
         16 * math.isqrt(area * a // (256 * b)) for a, b in ((height, width), (width, height))
     )  # fmt: skip
     return max(16, fitted_height), max(16, fitted_width)
+
+
+def _rounded_size(proportion: float, area: int, step: int) -> tuple[int, int]:
+    """Height and width in multiples of `step` and at most `area`: few sizes, so that few are compiled."""
+
+    def kept(size: tuple[int, int]) -> float:
+        """How much of the picture is seen, times how much of the area is used."""
+        ratio = size[0] / size[1] / proportion
+        return min(ratio, 1 / ratio) * size[0] * size[1] / area
+
+    heights = range(step, area // step + 1, step)
+    return max(((h, w) for h in heights if (w := area // h // step * step)), key=kept)
 
 
 def fit_box(box: Box, height: int, width: int, to_height: int, to_width: int, fit: str = "crop") -> Box:

@@ -79,8 +79,13 @@ def preview(folder, make_params) -> Pipeline:
 
 def test_pictures_keep_their_proportions_within_the_area():
     assert fitted_size(1280, 720, config.PREVIEW) == (1024, 576)
-    assert fitted_size(500, 333, config.PREVIEW) == (496, 320)  # never enlarged
+    assert fitted_size(500, 333, config.PREVIEW) == (512, 320)  # no larger area
     assert fitted_size(10000, 20, config.PREVIEW) == (10000, 16)
+    sizes = {fitted_size(1600, width, config.PREVIEW) for width in range(900, 1601)}
+    assert len(sizes) <= 12 and all(h % 32 == w % 32 == 0 and h * w <= 768 * 768 for h, w in sizes)
+    as_released = config.released(config.PREVIEW)
+    assert fitted_size(500, 333, as_released) == (496, 320)
+    assert len({fitted_size(1600, width, as_released) for width in range(900, 1601)}) > 20
     assert fitted_size(1280, 720, config.DEMO) == (64, 64)
     assert {fitted_size(side, side, config.PREVIEW) for side in range(768, 10001)} == {(768, 768)}
 

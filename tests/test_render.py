@@ -116,6 +116,17 @@ def test_contexts_put_together_are_the_models_own(tiny_pipeline):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a[-1], b, atol=1e-5), got, want)
 
 
+def test_lengths_are_rounded_and_the_surplus_is_cut(tiny_pipeline):
+    """Videos of 5 and 9 frames are both made as 13, and are the beginning of one another but for the sound."""
+    preset = dataclasses.replace(tiny_pipeline.preset, latent_step=4)
+    pipe = Pipeline(preset, tiny_pipeline.params)
+    short, long = (video(pipe, ask(n, audio=np.zeros(n * 640, np.float32))) for n in (5, 9))
+    assert short.shape[0] == 5 and long.shape[0] == 9
+    assert difference(short, long[:5]) <= 2
+    last = video(pipe, ask(9, task="flf2v", last_image=255 - IMAGE))
+    assert difference(last, video(tiny_pipeline, ask(9, task="flf2v", last_image=255 - IMAGE))) <= 2
+
+
 def test_prompts_over_time_act_in_their_time(tiny_pipeline):
     one = video(tiny_pipeline, ask(13))
     same = video(tiny_pipeline, ask(13, prompt=f"0-0.2s: {PROMPT}; 0.2-9s: {PROMPT}"))

@@ -43,14 +43,19 @@ def test_every_parameter_of_every_preset_has_a_rule_and_most_values_are_divided(
 EIGHT_DEVICES = """
 import jax, numpy as np
 jax.config.update("jax_disable_most_optimizations", True)  # compiled once and run on next to nothing
-from emv3_jax import Request, SamplingOptions, load_pipeline
-from emv3_jax.sharding import make_mesh
-request = Request(np.full((64, 64, 3), 128, np.uint8), np.zeros(4000, np.float32), "A puppet nods.", frames=13)
+from conftest import TINY, random_params
+from emv3_jax import Request, SamplingOptions
+from emv3_jax.pipeline import Pipeline, expected_params
+from emv3_jax.sharding import make_mesh, param_shardings
+request = Request(np.full((32, 32, 3), 128, np.uint8), np.zeros(4000, np.float32), "A puppet nods.", frames=13)
 options = SamplingOptions(steps=2, window=9, overlap=1, windows_together=2)
-want = load_pipeline("demo").generate(request, options).frames.astype(int)
+params = random_params(expected_params(TINY))
+want = Pipeline(TINY, params).generate(request, options).frames.astype(int)
 assert want.std() > 1
 for axes in ({}, {"data": 2, "branch": 2, "context": 2}):
-    pipe = load_pipeline("demo", mesh=make_mesh(**axes))
+    mesh = make_mesh(**axes)
+    spread = {role: jax.device_put(tree, param_shardings(tree, mesh)) for role, tree in params.items()}
+    pipe = Pipeline(TINY, spread, mesh=mesh)
     if not axes:
         kernel = pipe.params["dit"]["blocks"]["mlp"]["up"]["kernel"]
         assert len(kernel.addressable_shards) == 8
@@ -63,7 +68,7 @@ print("good")
 
 def on_eight_devices(code: str) -> subprocess.CompletedProcess:
     env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    env["PYTHONPATH"] = str(Path(__file__).parents[1])
+    env["PYTHONPATH"] = os.pathsep.join((str(Path(__file__).parents[1]), str(Path(__file__).parent)))
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done
