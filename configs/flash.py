@@ -18,6 +18,9 @@ def get_config() -> ml_collections.ConfigDict:
             "mode": "default",  # or released
             "dtype": "",  # of the transformer's matmuls; empty: bfloat16 on accelerators, float32 on a CPU
             "low_memory": True,  # one model at a time in memory
+            # several devices: how many ways windows of a long video, guidance branches (1 or all of them) and tokens
+            # are divided; context 0 takes all the others
+            "mesh": {"data": 1, "branch": 1, "context": 0},
             # what to animate where the command line does not say
             "puppet": -1,  # none: picture and sound must be given
             "prompt": "",
@@ -41,7 +44,7 @@ def get_config() -> ml_collections.ConfigDict:
                 "neg_steps": 0,
                 "cache_threshold": 0.0,  # TeaCache: 0.1 is the released value; 0 is off
                 "cache_start": 5,
-                "long_video": "cfg",  # or chained, released, none
+                "long_video": "",  # cfg, chained, released or none; empty: cfg, in released mode chained
                 "window": 0,  # video frames; 0: the longest clip of the preset, 113
                 "overlap": 8,  # latent frames
                 "windows_together": 1,

@@ -13,7 +13,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -28,9 +28,20 @@ from emv3_jax.manifest import COLUMNS, Job, checked_job
 from emv3_jax.options import SamplingOptions
 from emv3_jax.pipeline import Pipeline, load_pipeline, weight_hashes, with_dtype
 from emv3_jax.request import Ready, Request, read_request
+from emv3_jax.sharding import make_mesh
 
 KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-MODES = {"default": lambda preset: preset, "released": config.released}
+
+
+@dataclasses.dataclass(frozen=True)
+class Mode:
+    """What a mode changes: the preset, and the form of long videos where the config leaves it open."""
+
+    preset: Callable[[Preset], Preset]
+    long_video: str
+
+
+MODES = {"default": Mode(lambda preset: preset, "cfg"), "released": Mode(config.released, "chained")}
 
 
 def preset_of(cfg: Any) -> Preset:
@@ -45,7 +56,7 @@ def preset_of(cfg: Any) -> Preset:
         raise UserError(f"config key mode: {cfg.mode!r} is none of {', '.join(MODES)}")
     if not 1 <= cfg.enlarge <= 60:
         raise UserError(f"config key enlarge must be from 1 to 60, got {cfg.enlarge}")
-    return with_dtype(MODES[cfg.mode](demo.preset(cfg)), cfg.dtype or None)
+    return with_dtype(MODES[cfg.mode].preset(demo.preset(cfg)), cfg.dtype or None)
 
 
 def request_of(job: Job, cfg: Any) -> Request:
@@ -73,6 +84,18 @@ def request_of(job: Job, cfg: Any) -> Request:
     )
 
 
+def mesh_of(cfg: Any) -> jax.sharding.Mesh | None:
+    """The mesh that a config asks for; None on one device.
+
+    Raises:
+      UserError: the devices cannot be divided so.
+    """
+    count, (data, branch, context) = jax.device_count(), (cfg.mesh[axis] for axis in ("data", "branch", "context"))
+    if count == 1 and max(data, branch, context) <= 1:
+        return None
+    return make_mesh(data=data, branch=branch, context=context or max(1, count // max(1, data * branch)))
+
+
 def options_of(job: Job, cfg: Any) -> SamplingOptions:
     """The config's sampling section with the job's own values.
 
@@ -87,7 +110,8 @@ def options_of(job: Job, cfg: Any) -> SamplingOptions:
         kinds = (int, float) if isinstance(cfg.sampling[name], float) else (type(cfg.sampling[name]),)
         if not isinstance(value, kinds):
             raise UserError(f"{name} must be {KINDS[kinds[-1]]}, got {value!r}")
-    return SamplingOptions(**{**cfg.sampling, **job.sampling})
+    values = {**cfg.sampling, **job.sampling}
+    return SamplingOptions(**{**values, "long_video": values["long_video"] or MODES[cfg.mode].long_video})
 
 
 def render_folder(out: pathlib.Path) -> pathlib.Path:
@@ -108,6 +132,7 @@ class Renderer:
 
     def __init__(self, cfg: Any, preset: Preset, words: Any):
         self.cfg, self.preset, self.words = cfg, preset, words
+        self.mesh = mesh_of(cfg)
         self._pipe: Pipeline | None = None
         self._hashes: dict[str, str] = {}
 
@@ -116,7 +141,12 @@ class Renderer:
         if self._pipe is None:
             weights = self.cfg.weights or None
             self._pipe = load_pipeline(
-                self.preset.name, weights, preset=self.preset, low_memory=self.cfg.low_memory, words=self.words
+                self.preset.name,
+                weights,
+                preset=self.preset,
+                low_memory=self.cfg.low_memory,
+                words=self.words,
+                mesh=self.mesh,
             )
         return self._pipe
 

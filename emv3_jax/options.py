@@ -42,8 +42,8 @@ class SamplingOptions:
     negative_prompt: what guidance by text moves away from; the demo was trained with the empty one. negative_motion,
     negative_detail, neg_scale, neg_steps: see `negatives.Negatives`.
     cache_threshold: TeaCache, 0 is off; cache_start: steps that are always computed.
-    long_video: a key of LONG_FORMS, for videos longer than a window. window: video frames of one, 4k + 1; 0 is the
-    longest clip of the preset. overlap: latent frames that neighbouring windows share.
+    long_video: a key of LONG_FORMS, for videos longer than a window; empty: cfg. window: video frames of one, 4k + 1; 0
+    is the longest clip of the preset. overlap: latent frames that neighbouring windows share.
     windows_together: how many windows are one batch. branches_together: guidance branches as one batch, or one after
     another in the memory of one.
     """
@@ -79,6 +79,7 @@ class SamplingOptions:
         if not np.isfinite(self.shift) or self.shift <= 0:
             raise UserError(f"shift must be a number above 0, got {self.shift}")
         guidance.skipped_guidance(self.cfg_skip_ratio, self.steps)
+        object.__setattr__(self, "long_video", self.long_video or "cfg")  # a config may leave it open
         if self.long_video not in LONG_FORMS:
             raise UserError(f"there is no form of long video {self.long_video!r}: one of {', '.join(LONG_FORMS)}")
         if self.long_video == "released" and self.sampler != "flow":

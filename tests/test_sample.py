@@ -80,6 +80,7 @@ BAD = {
     "mouth of words": (["--mouth=wide"], "--mouth must be four numbers y1,y2,x1,x2 in pixels, got 'wide'"),
     "times of a prompt": (["--prompt=0-2s: a puppet nods; 3-4s: waves"], "prompt, character 22: this part must start"),
     "unknown mode": (["--config.mode=fast"], "config key mode: 'fast' is none of default, released"),
+    "more devices than there are": (["--config.mesh.data=3"], "1 devices cannot be divided into data 3"),
     "unknown dtype": (["--config.dtype=int8"], "dtype must be float32 or bfloat16, got 'int8'"),
     "unknown form": (["--config.sampling.long_video=x"], "there is no form of long video 'x'"),
     "window": (["--config.sampling.window=8"], "window must be 4k + 1 frames"),
@@ -281,7 +282,9 @@ def test_every_config_names_what_exists_and_says_how_to_run_it(path):
     assert cfg.preset in config.PRESETS
     assert f"--config configs/{path.name}" in path.read_text().split('"""')[1]
     if "sampling" in cfg:
-        pipeline.SamplingOptions(**cfg.sampling)
+        assert "recipe" in cfg or jobs.options_of(manifest.Job("a.mp4"), cfg).long_video == "cfg"
+        if "recipe" in cfg:
+            pipeline.SamplingOptions(**cfg.sampling)
     if "recipe" in cfg:
         assert cfg.recipe in recipes.RECIPES
         train_state.make_optimizer(cfg)
