@@ -108,7 +108,7 @@ def replay(
     if loop.cache:
         plan = dataclasses.replace(plan, computed=loop.cache.computed_steps(velocity.modulation(plan.timesteps)))
     factors = loop.options.neg_scale ** (1.0 + np.arange(plan.stages.max() + 1))
-    parts = jax.jit(contexts.shared)(velocity, *texts(golden, cfg, factors), golden["clip"])
+    parts = steps.shared(velocity, *texts(golden, cfg, factors), golden["clip"])
     noise, want = channels_last(golden["latents"]), channels_last(golden[name])
     if loop.options.window:
         return _long(loop.options, golden, cfg, velocity, plan, parts, noise), want

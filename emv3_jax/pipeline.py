@@ -1,7 +1,7 @@
 """The whole program as a function: a request goes in, frames come out.
 
-A render runs in stages: the request's words and picture are embedded once (`Pipeline.embed`), then the velocity is
-followed through the windows of the video, whose latents lie in a folder (`Pipeline.follow`), then they are decoded.
+A render runs in stages (`render.Run`): words, picture and sound are encoded once, then the velocity is followed through
+the windows of the video, whose latents lie in a folder, then they are decoded.
 """
 
 import contextlib
@@ -90,12 +90,6 @@ class Pipeline:
         return guidance.ModelVelocity(self.params["dit"], DiT(self.preset.dit), self._weights)
 
     @functools.cached_property
-    def digest(self) -> str:
-        """Tells one set of weights from another: SHA-256 of the first numbers of every array of the transformer."""
-        leaves = jax.tree.leaves(self.params["dit"])
-        return hashlib.sha256(b"".join(np.asarray(leaf.ravel()[:64]).tobytes() for leaf in leaves)).hexdigest()
-
-    @functools.cached_property
     def _encode_given(self) -> Any:
         """(vae params, videos, masks) -> [B, T, h, w, 4 + 16]."""
 
@@ -124,16 +118,16 @@ class Pipeline:
         """videos [B, F, H, W, 3] in [-1, 1] and pixel masks [B, F, H, W, 1] -> mask channels and masked latents."""
         return self._encode_given(self.params["vae"], videos, masks)
 
-    def embed(
+    def states(
         self, ids: np.ndarray, mask: np.ndarray, image: np.ndarray, has_image: np.ndarray, options: SamplingOptions
-    ) -> contexts.Shared:
-        """Keys and values of prompts [M, text_len], of the options' negatives (a mixture a stage) and of pictures."""
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """What the encoders make of prompts [M, text_len], of the options' negative prompts (a mixture a stage) and of
+        pictures [I, H, W, 3]; needs the text and the image encoder, one after the other."""
         words = self.words.encode(list(options.negatives.prompts))
         mixtures, _ = negatives.stages(options.negatives.table(options.grid.timesteps))
         text = self._text(self.params["text"], np.concatenate([ids, words[0]]), np.concatenate([mask, words[1]]))
         text, negative = text[: len(ids)], jnp.einsum("KM,MSD->KSD", mixtures, text[len(ids) :])
-        states = self._image(self.params["image"], image, has_image)
-        return _shared(self.velocity(), text, negative, states)
+        return text, negative, self._image(self.params["image"], image, has_image)
 
     def sample_latents(
         self, prepared: conditioning.Prepared, given: jax.Array, noise: jax.Array, options: SamplingOptions,
@@ -142,7 +136,7 @@ class Pipeline:
         """Follows the guided velocity of a batch of clips of one window, from noise [B, T, h, w, 16] to clean latents;
         all in memory and, without on_step, one compiled program."""
         batch, frames = noise.shape[:2]
-        parts = self.embed(prepared.ids, prepared.text_mask, prepared.image, prepared.has_image, options)
+        states = self.states(prepared.ids, prepared.text_mask, prepared.image, prepared.has_image, options)
         segments = audio_encoder(self.preset.dit, parent=None).segments(prepared.audio.shape[1], frames)
         window = contexts.Window(
             given=given,
@@ -154,6 +148,7 @@ class Pipeline:
             audio_gain=prepared.face_mask,
         )
         velocity = self.velocity()
+        parts = steps.shared(velocity, *states)
         plan, stages = steps.make_steps(options, velocity), tuple(range(parts.negatives))
         rows = steps.all_contexts(velocity, parts, window, chain=plan.chain, stages=stages)
         guided = plan.guide(velocity, rows, plan.rows(len(stages)))
@@ -239,9 +234,6 @@ class Pipeline:
 @functools.partial(jax.jit, static_argnums=2)
 def _frame_noise(key: jax.Array, numbers: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jax.vmap(lambda number: jax.random.normal(jax.random.fold_in(key, number), shape))(numbers)
-
-
-_shared: Any = jax.jit(contexts.shared)
 
 
 def init_params(preset: Preset, key: jax.Array) -> dict[str, Any]:

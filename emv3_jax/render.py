@@ -78,15 +78,17 @@ class Run:
     def __init__(self, pipe: Any, ready: Ready, options: SamplingOptions, folder: pathlib.Path):
         self.pipe, self.ready, self.options, self.folder = pipe, ready, options, folder
         preset = pipe.preset
-        self.settings = settings_of(pipe, ready, options)
         ids, mask = pipe.words.encode([span.text for span in ready.prompts])
         has_image = np.array([ready.task != "t2v"], np.float32)
-        self.shared = pipe.embed(ids, mask, scaled(ready.image)[None], has_image, options)
+        # In this order, so that with little memory one model makes room for the next.
+        states = pipe.states(ids, mask, scaled(ready.image)[None], has_image, options)
         self.frames = self._rounded_frames()
         self.features = conditioning.audio_features(preset, ready.heard, self.frames, pipe.params)
         face = ready.face if preset.dit.audio_windows is None else None
         self.gain = conditioning.face_tokens(face, *ready.size, preset.face_floored)
         self.velocity = pipe.velocity()
+        self.settings = settings_of(preset.name, self.velocity.params, ready, options)
+        self.shared = steps.shared(self.velocity, *states)
         self.steps = steps.make_steps(options, self.velocity)
         self.audio = audio_encoder(preset.dit, parent=None)
 
@@ -288,8 +290,10 @@ class Run:
             pass
 
 
-def settings_of(pipe: Any, ready: Ready, options: SamplingOptions) -> dict[str, Any]:
+def settings_of(preset: str, params: Any, ready: Ready, options: SamplingOptions) -> dict[str, Any]:
     """What a render depends on, to tell whether a folder belongs to it."""
+    # The first numbers of every array tell one set of weights from another.
+    first = [np.asarray(leaf.ravel()[:64]).tobytes() for leaf in jax.tree.leaves(params)]
     arrays = {"image": ready.image, "last image": ready.last_image, "sound": ready.heard}
     return {
         **{name: _digest(array) for name, array in arrays.items() if array is not None},
@@ -301,8 +305,8 @@ def settings_of(pipe: Any, ready: Ready, options: SamplingOptions) -> dict[str, 
         "face box": ready.face,
         "mouth box": ready.mouth,
         "video": str(ready.video.path) if ready.video is not None else None,
-        "preset": pipe.preset.name,
-        "weights": pipe.digest,
+        "preset": preset,
+        "weights": hashlib.sha256(b"".join(first)).hexdigest(),
         "sampling": dataclasses.asdict(options),
     }
 

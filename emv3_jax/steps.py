@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from emv3_jax import sharding
+from emv3_jax import contexts, sharding
 from emv3_jax.contexts import Shared, Window, branch_contexts
 from emv3_jax.diffusion import guidance, negatives, step_cache
 from emv3_jax.options import SamplingOptions
@@ -85,9 +85,9 @@ def window_velocity(
     """Guided velocity of step i for a batch of windows x [B, T, h, w, C], and what is to be remembered."""
     window, x = jax.tree.map(lambda leaf: sharding.divide(leaf, sharding.DATA), (window, x))
     stage = jnp.asarray(steps.stages)[i]
-    contexts = branch_contexts(velocity, shared, window, steps.chain, (stage,))
+    rows = branch_contexts(velocity, shared, window, steps.chain, (stage,))
     t = jnp.full(x.shape[:1], jnp.asarray(steps.timesteps)[i])
-    return steps.guide(velocity, contexts).advance(x, t, i, memory)
+    return steps.guide(velocity, rows).advance(x, t, i, memory)
 
 
 @jax.jit
@@ -95,9 +95,9 @@ def no_memory(
     velocity: guidance.ModelVelocity, steps: Steps, shared: Shared, window: Window, x: jax.Array
 ) -> Any:  # fmt: skip
     """The memory before the first step."""
-    contexts = branch_contexts(velocity, shared, window, steps.chain, (0,))
-    return steps.guide(velocity, contexts).start(x)
+    return steps.guide(velocity, branch_contexts(velocity, shared, window, steps.chain, (0,))).start(x)
 
 
+shared: Any = jax.jit(contexts.shared)
 # All of a run's contexts, for runs in one piece.
 all_contexts = jax.jit(branch_contexts, static_argnames=("chain", "stages"))

@@ -106,7 +106,8 @@ def test_contexts_put_together_are_the_models_own(tiny_pipeline):
     velocity = pipe.velocity()
     cond = conditioning.encode(pipe.params, pipe.preset, prepared, given)
     want = jax.jit(lambda: velocity.apply("context", cond))()
-    parts = pipe.embed(prepared.ids, prepared.text_mask, prepared.image, prepared.has_image, OPTIONS)
+    states = pipe.states(prepared.ids, prepared.text_mask, prepared.image, prepared.has_image, OPTIONS)
+    parts = steps.shared(velocity, *states)
     segments = velocity.model.bind({"params": velocity.params}).audio_tokens.segments(18, 3)
     window = contexts.Window(
         given, prepared.audio, segments[None], np.zeros((1, 1), int), np.ones((1, 1, 3), np.float32),
@@ -262,3 +263,19 @@ def test_what_is_not_a_video(tmp_path, content):
     (tmp_path / "a.mp4").write_bytes(content)
     with pytest.raises(UserError, match=r"video .*a.mp4 is (empty|not a video)"):
         media.VideoSource(tmp_path / "a.mp4")
+
+
+def test_with_little_memory_models_are_read_when_they_are_used(tiny_pipeline):
+    """The same video, the transformer read once, and never two encoders at a time."""
+    from emv3_jax.pipeline import LoadedWhenUsed
+
+    read: list[str] = []
+
+    def load(role: str):
+        read.append(role)
+        return tiny_pipeline.params[role]
+
+    params = LoadedWhenUsed({role: lambda role=role: load(role) for role in tiny_pipeline.params})
+    got = video(Pipeline(tiny_pipeline.preset, params), ask(5))
+    np.testing.assert_array_equal(got, video(tiny_pipeline, ask(5)))
+    assert read.count("dit") == 1 and read.index("text") < read.index("image") < read.index("dit")
