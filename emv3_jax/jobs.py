@@ -221,8 +221,10 @@ class Renderer:
         height, width = first.shape[1:3]
         shown: dict[int, np.ndarray] = {}
         wanted = set(media.sheet_frames(count))
+        assert ready.track is not None
+        sound, rate = ready.track
         with media.VideoWriter(
-            job.out, height, width, fps=fps, wave=ready.wave, rate=RATE, scale=1 if ready.video else self.cfg.enlarge,
+            job.out, height, width, fps=fps, wave=sound, rate=rate, scale=1 if ready.video else self.cfg.enlarge,
             comment=json.dumps(record, ensure_ascii=False),
         ) as video, tqdm(total=count, desc="decoding", unit="frame", disable=None) as bar:  # fmt: skip
             for piece in _chain(first, pieces):

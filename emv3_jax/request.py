@@ -54,6 +54,7 @@ class Ready:
     face: Box | None
     notes: tuple[str, ...]
     last_image: np.ndarray | None = None  # [H, W, 3] uint8
+    track: tuple[np.ndarray, int] | None = None  # the sound as it was given, [n, 1 or 2], and its rate
     video: Any = None  # media.VideoSource whose pixels outside `mouth` are kept
     mouth: Box | None = None  # in pixels of the video
 
@@ -159,15 +160,27 @@ def read_request(request: Request, preset: Preset, words: Any = None) -> Ready:
     last = None
     if request.task == "flf2v":
         last = _fitted(_read_image(request.last_image, notes), image.shape[:2], preset, notes)
-    wave, frames = _read_sound(request, preset, video, notes)
+    wave, track, frames = _read_sound(request, preset, video, notes)
     spans, more = timeline.fit(spans, frames / FPS)
     notes += more
     samples = round(frames / FPS * RATE)
     whole, wave = wave, np.pad(wave[:samples], (0, max(0, samples - len(wave)))).astype(np.float32)
     heard = whole if preset.speech else wave
     return Ready(
-        request.task, image, wave, heard, spans, frames, request.seed, face, tuple(notes), last, video, request.mouth
-    )  # fmt: skip
+        task=request.task,
+        image=image,
+        wave=wave,
+        heard=heard,
+        prompts=spans,
+        frames=frames,
+        seed=request.seed,
+        face=face,
+        notes=tuple(notes),
+        last_image=last,
+        track=track,
+        video=video,
+        mouth=request.mouth,
+    )
 
 
 def _check_task(request: Request) -> None:
@@ -238,19 +251,25 @@ def _fitted_face(face: Any, image: np.ndarray, size: tuple[int, int], preset: Pr
     return fit_box(face, source[0], source[1], size[0], size[1], preset.fit)
 
 
-def _read_sound(request: Request, preset: Preset, video: Any, notes: list[str]) -> tuple[np.ndarray, int]:
-    """The whole recording, and how many frames are made of it."""
+def _read_sound(
+    request: Request, preset: Preset, video: Any, notes: list[str]
+) -> tuple[np.ndarray, tuple[np.ndarray, int], int]:
+    """The whole recording at 16 kHz and as it was given, and how many frames are made of it."""
     from emv3_jax import media
 
     audio = request.audio
     if audio is None:
-        audio = video.sound(RATE)
-        if audio is None:
+        track = video.track()
+        if track is None:
             raise UserError(f"video {video.path} has no sound: say what is to be spoken with a recording")
+        audio = media.resample(track[0].mean(axis=1), track[1], RATE)
+    elif isinstance(audio, str | os.PathLike):
+        track = media.load_track(audio)
     if isinstance(audio, str | os.PathLike):
         wave, more = media.load_audio(audio, RATE)
     else:
         wave, more = media.check_wave(audio)
+        track = track if request.audio is None else (wave[:, None], RATE)
     notes += more
     frames = request.frames or (frames_for(len(wave) / RATE) if video is None else _frames_of(video))
     if frames % 4 != 1 or frames < 5:
@@ -265,7 +284,7 @@ def _read_sound(request: Request, preset: Preset, video: Any, notes: list[str]) 
         )
     elif spare < 0:
         notes.append(f"the sound lasts {len(wave) / RATE:.2f} s; silence was added up to {frames / FPS:.2f} s")
-    return wave, frames
+    return wave, track, frames
 
 
 def _frames_of(video: Any) -> int:

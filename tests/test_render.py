@@ -6,6 +6,7 @@ import av
 import jax
 import numpy as np
 import pytest
+import soundfile
 
 from emv3_jax import conditioning, config, contexts, media, render, request, steps
 from emv3_jax.diffusion.guidance import CHAIN
@@ -247,8 +248,23 @@ def test_a_video_is_read_frame_by_frame(filmed):
     frames = list(source.frames())
     for k, frame in enumerate(at_25):
         np.testing.assert_array_equal(frame, frames[min(round(k * 20 / 25), 19)])
-    sound = source.sound(RATE)
-    assert sound is not None and abs(len(sound) - RATE) <= 1
+    track = source.track()
+    assert track is not None and track[1] == RATE and track[0].shape == (RATE, 1)
+
+
+def test_the_sound_of_the_video_is_the_sound_that_was_given(tmp_path, tiny):
+    """In its own rate and channels, though the model hears 16 kHz mono."""
+    left, right = np.sin(np.arange(44100) / 20), np.sin(np.arange(44100) / 50)
+    soundfile.write(tmp_path / "a.wav", 0.3 * np.stack([left, right], axis=1), 44100)
+    ready = read_request(ask(21, audio=tmp_path / "a.wav"), tiny)
+    samples, rate = ready.track
+    assert samples.shape == (44100, 2) and rate == 44100 and ready.wave.shape == (21 * 640,)
+    with media.VideoWriter(tmp_path / "a.mp4", 16, 16, wave=samples, rate=rate) as writer:
+        writer.write(np.zeros((21, 16, 16, 3), np.uint8))
+    again, rate = media.VideoSource(tmp_path / "a.mp4").track()
+    assert rate == 44100 and again.shape[1] == 2
+    for channel, wave in enumerate((left, right)):
+        assert np.corrcoef(again[5000:30000, channel], wave[5000:30000])[0, 1] > 0.95
 
 
 def test_the_record_stands_in_the_video(tmp_path):

@@ -1,17 +1,17 @@
 """Long Video CFG: one latent of any length, followed through overlapping windows that the model sees one at a time.
 
 At every step the velocity of the whole video is put together from the windows' guided velocities, and the solver moves
-the whole latent; so every solver works, also those with a memory. In an overlap of N latent frames the later window
-counts f / N and the earlier 1 - f / N in frame f.
+the whole latent; so every solver works, also those with a memory. In frame f = 0..N of an overlap the later window counts
+f / N and the earlier 1 - f / N.
 
 That is the paper's eq. 4 and 5: in window w the guided prediction of an overlapping frame is
 e_w + s (blend - e_w(null)), where blend = (1 - f/N) e_w + (f/N) e_w+1. The frame has a second one, from window w+1.
 Mixed by the same f / N they are blend + s (blend - blend(null)): guidance is linear, so blending the branches and
 blending the guided velocities are one and the same.
 
-The released program blends the latents after every step instead, by weights that reach 1 in the last frame of the
-overlap, and not in the first step (SPEC section 4). Euler's step is x + dsigma v and weights add up to 1, so this too
-is a blend of velocities: only the numbers differ.
+The released program blends the latents after every step instead, by the same weights, and not in the first step (SPEC
+section 4). Euler's step is x + dsigma v and weights add up to 1, so this too is a blend of velocities: only the first
+step differs. (With the solver's step taken window by window, it works for Euler alone.)
 
 Latents live in a `Store`, of which a few windows are in memory; a step is written beside the one before, so that a
 render that was interrupted goes on from its last finished step.
@@ -93,13 +93,17 @@ def _check_overlap(size: int, overlap: int) -> None:
 
 
 def long_video_cfg(windows: Windows, step: int) -> list[np.ndarray]:
-    """Weights [S] of each window by eq. 4: f / N for the later one in frame f of an overlap of N."""
-    return _fold(windows, lambda n: np.arange(n) / n)
+    """Weights [S] of each window by eq. 4: f / N for the later one in frame f = 0..N of an overlap."""
+    return _fold(windows, _rising)
 
 
 def released_blend(windows: Windows, step: int) -> list[np.ndarray]:
     """Weights [S] of the released loop: 0 to 1 across an overlap, both included; in step 0 the later window wins."""
-    return _fold(windows, (lambda n: np.ones(n)) if step == 0 else (lambda n: np.linspace(0.0, 1.0, n)))
+    return _fold(windows, np.ones if step == 0 else _rising)
+
+
+def _rising(count: int) -> np.ndarray:
+    return np.linspace(0.0, 1.0, count)
 
 
 def _fold(windows: Windows, ramp: Callable[[int], np.ndarray]) -> list[np.ndarray]:

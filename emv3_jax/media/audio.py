@@ -64,6 +64,17 @@ def load_audio(path: PathLike, rate: int = 16000, max_seconds: float | None = No
     return resample(wave, sound.rate, rate), notes
 
 
+def load_track(path: PathLike) -> tuple[np.ndarray, int]:
+    """A recording as it is to be heard: float32 [n, 1 or 2] in [-1, 1], and its rate.
+
+    More than two channels are averaged; otherwise nothing is changed but what exceeds full scale. Raises UserError as
+    `load_audio`, which says what is odd about the file.
+    """
+    sound = _decode(check_readable(path, "recording"), None)
+    samples = sound.samples if sound.samples.shape[1] <= 2 else sound.samples.mean(axis=1, keepdims=True)
+    return samples / max(1.0, float(np.abs(samples).max(initial=0))), sound.rate
+
+
 def check_wave(wave: np.ndarray) -> tuple[np.ndarray, list[str]]:
     """What `load_audio` is for sound that is given as an array: float32 [n] in [-1, 1], and notes.
 

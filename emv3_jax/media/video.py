@@ -12,9 +12,10 @@ from PIL import Image
 
 from emv3_jax.errors import UserError
 from emv3_jax.files import PathLike, atomic_path, check_readable
-from emv3_jax.media.audio import decode_sound, open_media, resample
+from emv3_jax.media.audio import Sound, decode_sound, open_media, resample
 
 # Rates that AAC knows; sound at any other is converted to the last of them.
+LAYOUTS = {1: "mono", 2: "stereo"}
 AAC_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)
 
 
@@ -44,9 +45,9 @@ class VideoWriter:
     ) -> None:
         """Describes the file; it is opened by `with`.
 
-        height, width: of the frames that will be written. wave: float [n] in [-1, 1] at `rate` Hz, or None for a
-        silent file. scale: enlarges the picture smoothly (Lanczos), for frames too small to look at. crf: 0 is
-        lossless, 51 is worst. comment: kept in the file's metadata.
+        height, width: of the frames that will be written. wave: float [n] or [n, 1 or 2] in [-1, 1] at `rate` Hz, or
+        None for a silent file. scale: enlarges the picture smoothly (Lanczos), for frames too small to look at. crf: 0
+        is lossless, 51 is worst. comment: kept in the file's metadata.
         """
         self.path = path
         self.height, self.width = height, width
@@ -54,7 +55,7 @@ class VideoWriter:
         self.count = 0  # frames written so far
         # H.264 in yuv420p has even sides only. An enlarged picture is resized to them, another is padded by its edge.
         self._resized = (_even(width * scale), _even(height * scale)) if scale != 1 else None
-        self._wave = wave
+        self._wave = wave[:, None] if wave is not None and wave.ndim == 1 else wave
         self._rate = rate
         self._crf = crf
         self._comment = comment
@@ -112,8 +113,9 @@ class VideoWriter:
     def _add_sound(self, wave: np.ndarray) -> av.AudioStream:
         if self._rate not in AAC_RATES:
             self._wave, self._rate = resample(wave, self._rate, AAC_RATES[-1]), AAC_RATES[-1]
-        stream = self._container.add_stream("aac", rate=self._rate, layout="mono")
-        stream.codec_context.bit_rate = 128_000 if self._rate > 24000 else 64_000
+        channels = wave.shape[1]
+        stream = self._container.add_stream("aac", rate=self._rate, layout=LAYOUTS[channels])
+        stream.codec_context.bit_rate = channels * (128_000 if self._rate > 24000 else 64_000)
         return stream
 
     def _write_frame(self, frame: np.ndarray) -> None:
@@ -133,10 +135,10 @@ class VideoWriter:
     def _write_sound(self, stream: av.AudioStream, wave: np.ndarray) -> None:
         """Encodes the stretch of the wave that belongs to the current frame; silence where it has ended."""
         start, end = (round(n * self._rate / self.fps) for n in (self.count, self.count + 1))
-        samples = np.zeros((1, end - start), np.float32)
+        samples = np.zeros((wave.shape[1], end - start), np.float32)
         piece = np.clip(wave[start:end], -1.0, 1.0)
-        samples[0, : len(piece)] = piece
-        block = av.AudioFrame.from_ndarray(samples, format="fltp", layout="mono")
+        samples[:, : len(piece)] = piece.T
+        block = av.AudioFrame.from_ndarray(samples, format="fltp", layout=LAYOUTS[wave.shape[1]])
         block.sample_rate, block.pts, block.time_base = self._rate, start, Fraction(1, self._rate)
         self._container.mux(stream.encode(block))
 
@@ -155,10 +157,12 @@ class VideoSource:
         with self._open() as (container, stream):
             self.fps = float(stream.average_rate or stream.guessed_rate or 25)
             self.count = sum(packet.size > 0 for packet in container.demux(stream))
-        first = next(self.frames(), None)
-        if first is None:
-            raise UserError(f"video {path} holds no pictures")
-        self.height, self.width = first.shape[:2]
+        with self._open() as (container, stream):
+            first = next(container.decode(stream), None)
+            if first is None:
+                raise UserError(f"video {path} holds no pictures")
+            self._start = first.time or 0.0
+            self.height, self.width = _upright(first).shape[:2]
         self.seconds = self.count / self.fps
 
     def frames(self) -> Iterator[np.ndarray]:
@@ -175,9 +179,11 @@ class VideoSource:
                 yield frame
                 wanted += 1
 
-    def sound(self, rate: int) -> np.ndarray | None:
-        """float32 [n] mono at `rate`, which starts with the first frame; None without sound."""
-        return read_video(self.path, rate)[2]
+    def track(self) -> tuple[np.ndarray, int] | None:
+        """The sound, float32 [n, 1 or 2] in [-1, 1] from the first frame to the last, and its rate; None if silent."""
+        with self._open() as (container, _):
+            sound = decode_sound(container, self.seconds + 1)  # the two tracks need not start together
+        return None if sound is None else (_aligned(sound, self._start, self.seconds), sound.rate)
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
@@ -215,10 +221,16 @@ def read_video(
         raise UserError(f"video {path} holds no pictures")
     if sound is None:
         return np.stack(frames), fps, None
-    wave = resample(sound.samples.mean(axis=1), sound.rate, rate)
-    lead = round((sound.start - start) * rate)  # samples by which the sound starts after the picture
-    wave = np.pad(wave, (lead, 0)) if lead > 0 else wave[-lead:]
+    wave = resample(_aligned(sound, start, len(frames) / fps).mean(axis=1), sound.rate, rate)
     return np.stack(frames), fps, wave[: round(len(frames) / fps * rate)]
+
+
+def _aligned(sound: Sound, start: float, seconds: float) -> np.ndarray:
+    """Samples [n, 1 or 2] that begin with the picture, at `start` seconds of the file, and end no later than it."""
+    samples = sound.samples if sound.samples.shape[1] <= 2 else sound.samples.mean(axis=1, keepdims=True)
+    lead = round((sound.start - start) * sound.rate)  # samples by which the sound starts after the picture
+    samples = np.pad(samples, ((lead, 0), (0, 0))) if lead > 0 else samples[-lead:]
+    return np.clip(samples[: round(seconds * sound.rate)], -1.0, 1.0)
 
 
 def _decode_pictures(

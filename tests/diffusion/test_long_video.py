@@ -37,14 +37,13 @@ def test_weights_of_a_frame_add_up_to_one(windows, blend, step):
 
 
 def test_the_later_window_counts_f_over_n():
-    """Paper eq. 4, frames 3 and 4 of windows [0, 5) and [3, 8): N = 2."""
-    first, second = long_video.long_video_cfg(plan(8, 5, 2), 1)
-    np.testing.assert_allclose(first, [1, 1, 1, 1, 0.5])
-    np.testing.assert_allclose(second, [0, 0.5, 1, 1, 1])
-    first, second = long_video.released_blend(plan(8, 5, 2), 1)
-    np.testing.assert_allclose(first, [1, 1, 1, 1, 0])
-    np.testing.assert_allclose(second, [0, 1, 1, 1, 1])
-    assert long_video.released_blend(plan(8, 5, 2), 0)[1].tolist() == [1, 1, 1, 1, 1]
+    """Paper eq. 4, frames 3, 4 and 5 of windows [0, 6) and [3, 9): f = 0, 1, 2 of N = 2."""
+    for blend in (long_video.long_video_cfg, long_video.released_blend):
+        first, second = blend(plan(9, 6, 3), 1)
+        np.testing.assert_allclose(first, [1, 1, 1, 1, 0.5, 0])
+        np.testing.assert_allclose(second, [0, 0.5, 1, 1, 1, 1])
+    assert long_video.long_video_cfg(plan(9, 6, 3), 0)[1].tolist() == [0, 0.5, 1, 1, 1, 1]
+    assert long_video.released_blend(plan(9, 6, 3), 0)[1].tolist() == [1, 1, 1, 1, 1, 1]
 
 
 def field(x, t, i):
@@ -87,11 +86,11 @@ def test_overlaps_are_blended_by_their_weights(tmp_path):
     """Each window says its own number: one Euler step of v = blend of the numbers."""
     grid = solvers.SAMPLERS["flow"].grid(1, 5.0)
     solver = solvers.euler(grid)
-    windows = plan(8, 5, 2)
-    store = new_store(tmp_path / "render", np.zeros((8, *SHAPE), np.float32), solver)
+    windows = plan(9, 6, 3)
+    store = new_store(tmp_path / "render", np.zeros((9, *SHAPE), np.float32), solver)
     follow(lambda members, x, i, memory: (np.full_like(x, 10.0 * members[0]), ()), solver, grid, windows, store)
-    got = store.read_x(0, 8)[:, 0, 0, 0]
-    np.testing.assert_allclose(got, -np.array([0, 0, 0, 0, 5, 10, 10, 10]), atol=1e-5)
+    got = store.read_x(0, 9)[:, 0, 0, 0]
+    np.testing.assert_allclose(got, -np.array([0, 0, 0, 0, 5, 10, 10, 10, 10]), atol=1e-5)
 
 
 @pytest.mark.parametrize("fail_at", [1, 4, 5, 11])
