@@ -1,8 +1,8 @@
 """Long Video CFG: one latent of any length, followed through overlapping windows that the model sees one at a time.
 
 At every step the velocity of the whole video is put together from the windows' guided velocities, and the solver moves
-the whole latent; so every solver works, also those with a memory. In frame f = 0..N of an overlap the later window counts
-f / N and the earlier 1 - f / N.
+the whole latent; so every solver works, also those with a memory. In frame f = 0..N of an overlap the later window
+counts f / N and the earlier 1 - f / N.
 
 That is the paper's eq. 4 and 5: in window w the guided prediction of an overlapping frame is
 e_w + s (blend - e_w(null)), where blend = (1 - f/N) e_w + (f/N) e_w+1. The frame has a second one, from window w+1.
