@@ -17,6 +17,7 @@ def get_config() -> ml_collections.ConfigDict:
             "weights": "weights",
             "mode": "default",  # or released
             "dtype": "",  # of the transformer's matmuls; empty: bfloat16 on accelerators, float32 on a CPU
+            "riflex": 0,  # RIFLEx: number of the temporal frequency that is slowed down, from 1; 0: none
             "low_memory": True,  # one model at a time in memory
             # several devices: how many ways windows of a long video, guidance branches (1 or all of them) and tokens
             # are divided; context 0 takes all the others
@@ -26,6 +27,7 @@ def get_config() -> ml_collections.ConfigDict:
             "prompt": "",
             "face": "detect",  # where the voice acts, where --face does not say: on the face that is found
             "frames": 0,  # 4k + 1; 0: as long as the sound
+            "fps": 0.0,  # lipsync: frames a second of what is written; 0: those of the given video
             "enlarge": 1,
             # how the velocity is followed
             "sampling": {

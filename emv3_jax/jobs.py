@@ -24,6 +24,7 @@ from emv3_jax import config, demo, media
 from emv3_jax.command_line import did_you_mean
 from emv3_jax.config import FPS, RATE, Preset
 from emv3_jax.errors import UserError
+from emv3_jax.layers import temporal_frequencies
 from emv3_jax.manifest import COLUMNS, Job, checked_job
 from emv3_jax.options import SamplingOptions
 from emv3_jax.pipeline import Pipeline, load_pipeline, weight_hashes, with_dtype
@@ -56,7 +57,11 @@ def preset_of(cfg: Any) -> Preset:
         raise UserError(f"config key mode: {cfg.mode!r} is none of {', '.join(MODES)}")
     if not 1 <= cfg.enlarge <= 60:
         raise UserError(f"config key enlarge must be from 1 to 60, got {cfg.enlarge}")
-    return with_dtype(MODES[cfg.mode].preset(demo.preset(cfg)), cfg.dtype or None)
+    preset = with_dtype(MODES[cfg.mode].preset(demo.preset(cfg)), cfg.dtype or None)
+    most = temporal_frequencies(preset.dit.head_width)
+    if not 0 <= cfg.riflex <= most:
+        raise UserError(f"config key riflex must be from 0 to {most}, the temporal frequencies, got {cfg.riflex}")
+    return dataclasses.replace(preset, dit=dataclasses.replace(preset.dit, riflex=cfg.riflex))
 
 
 def request_of(job: Job, cfg: Any) -> Request:
@@ -81,6 +86,7 @@ def request_of(job: Job, cfg: Any) -> Request:
         last_image=job.last_image,
         video=job.video,
         mouth=job.mouth,
+        fps=cfg.fps or None,
     )
 
 

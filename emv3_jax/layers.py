@@ -68,6 +68,11 @@ def rotary_frequencies(count: int, theta: float, riflex: int = 0, frames: int = 
     return frequencies
 
 
+def temporal_frequencies(head_width: int) -> int:
+    """How many of a head's rotary frequencies belong to time: 22 of 64."""
+    return head_width // 2 - 2 * (head_width // 6)
+
+
 def rotary_tables(
     grid: tuple[int, int, int], head_width: int, theta: float, riflex: int = 0
 ) -> tuple[jax.Array, jax.Array]:
@@ -79,7 +84,7 @@ def rotary_tables(
     """
     side = head_width // 6
     tables = []
-    for axis, (size, count) in enumerate(zip(grid, (head_width // 2 - 2 * side, side, side), strict=True)):
+    for axis, (size, count) in enumerate(zip(grid, (temporal_frequencies(head_width), side, side), strict=True)):
         frequencies = rotary_frequencies(count, theta, riflex if axis == 0 else 0, grid[0])
         shape = [1, 1, 1, count]
         shape[axis] = size

@@ -276,8 +276,8 @@ class Run:
         weight = _feathered(y2 - y1, x2 - x1)[..., None]
         made = (frame for piece in generated for frame in piece)
         number, picture = -1, None
-        for n, frame in enumerate(video.frames()):
-            wanted = round(n / video.fps * FPS)
+        for n, frame in enumerate(video.frames_at(ready.fps)):
+            wanted = round(n / ready.fps * FPS)
             if wanted >= ready.frames:
                 break
             while number < wanted:

@@ -26,6 +26,7 @@ class Request:
     path to a .npy file (`media.load_face_box`); "detect", "largest" or a number: a face that is found
     (`media.choose_face`); None: everywhere. Noise follows from the seed. task: one of MAKES.
     last_image: flf2v, as image. video: lipsync, a path, of which only the box `mouth` (pixels of the video) changes.
+    fps: lipsync, frames a second of the result; None: those of the video.
     """
 
     image: Any = None
@@ -38,6 +39,7 @@ class Request:
     last_image: Any = None
     video: str | os.PathLike | None = None
     mouth: Box | None = None
+    fps: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +59,7 @@ class Ready:
     track: tuple[np.ndarray, int] | None = None  # the sound as it was given, [n, 1 or 2], and its rate
     video: Any = None  # media.VideoSource whose pixels outside `mouth` are kept
     mouth: Box | None = None  # in pixels of the video
+    fps: float = FPS  # of the result
 
     @property
     def size(self) -> tuple[int, int]:
@@ -68,8 +71,8 @@ class Ready:
         """Frames a second of the video that comes out, and how many: lip sync keeps those of its own video."""
         if self.video is None:
             return FPS, self.frames
-        fps = self.video.fps
-        return fps, sum(round(n / fps * FPS) < self.frames for n in range(self.video.count))
+        count = int(self.video.seconds * self.fps + 1e-6)
+        return self.fps, sum(round(n / self.fps * FPS) < self.frames for n in range(count))
 
     @property
     def title(self) -> str:
@@ -180,6 +183,7 @@ def read_request(request: Request, preset: Preset, words: Any = None) -> Ready:
         track=track,
         video=video,
         mouth=request.mouth,
+        fps=request.fps or (video.fps if video is not None else FPS),
     )
 
 
@@ -197,6 +201,8 @@ def _check_task(request: Request) -> None:
             raise UserError(f"the task {request.task} needs {name.replace('_', ' ')}")
         if given and name not in (*needs, "audio"):
             raise UserError(f"the task {request.task} takes no {name.replace('_', ' ')}")
+    if request.fps is not None and not 1 <= request.fps <= 120:
+        raise UserError(f"fps must be from 1 to 120, got {request.fps:g}")
     if request.task == "t2v" and request.face is not None:
         raise UserError("the task t2v takes no face box: there is no picture to find it in")
 
@@ -218,10 +224,11 @@ def _read_video(request: Request) -> tuple[Any, np.ndarray, list[str]]:
     assert request.video is not None and request.mouth is not None
     video = media.VideoSource(request.video)
     _checked_box(request.mouth, video.height, video.width, "mouth box")
-    notes = [] if video.fps == FPS else [
-        f"video {request.video} has {video.fps:g} frames a second: mouths are made {FPS} times a second, and each "
-        "frame takes the nearest"
-    ]  # fmt: skip
+    notes = []
+    if request.fps and request.fps != video.fps:
+        notes.append(f"video {request.video} has {video.fps:g} frames a second, the result {request.fps:g}")
+    if (request.fps or video.fps) != FPS:
+        notes.append(f"mouths are made {FPS} times a second: every frame of the result takes the nearest")
     return video, next(video.frames()), notes
 
 

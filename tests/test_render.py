@@ -162,7 +162,9 @@ def test_lip_sync_changes_the_mouth_and_nothing_else(tiny_pipeline, filmed):
     asked = Request(video=filmed, mouth=mouth, prompt=PROMPT, task="lipsync")
     ready = read_request(asked, tiny_pipeline.preset)
     assert ready.frames == 25 and ready.output == (20.0, 20)
-    assert any("20 frames a second" in note for note in ready.notes)
+    assert any("mouths are made 25 times a second" in note for note in ready.notes)
+    at_25 = read_request(dataclasses.replace(asked, fps=25.0), tiny_pipeline.preset)
+    assert at_25.output == (25.0, 25) and any("20 frames a second, the result 25" in note for note in at_25.notes)
     source = np.stack(list(media.VideoSource(filmed).frames()))
     made = video(tiny_pipeline, asked)
     assert made.shape == source.shape == (20, 96, 96, 3)
@@ -179,6 +181,7 @@ def test_lip_sync_of_a_long_video(tiny_pipeline, filmed):
     asked = Request(video=filmed, mouth=(40, 72, 24, 60), prompt=PROMPT, task="lipsync")
     options = dataclasses.replace(OPTIONS, window=13, overlap=1)
     assert video(tiny_pipeline, asked, options).shape == (20, 96, 96, 3)
+    assert video(tiny_pipeline, dataclasses.replace(asked, fps=25.0), options).shape == (25, 96, 96, 3)
     with pytest.raises(UserError, match="chained form does not know the task lipsync"):
         video(tiny_pipeline, asked, dataclasses.replace(options, long_video="chained"))
 

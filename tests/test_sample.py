@@ -79,6 +79,7 @@ BAD = {
     "missing video": (["--task=lipsync", "--video=none.mp4"], "video none.mp4 does not exist"),
     "mouth of words": (["--mouth=wide"], "--mouth must be four numbers y1,y2,x1,x2 in pixels, got 'wide'"),
     "times of a prompt": (["--prompt=0-2s: a puppet nods; 3-4s: waves"], "prompt, character 22: this part must start"),
+    "riflex": (["--config.riflex=7"], "config key riflex must be from 0 to 6"),
     "unknown mode": (["--config.mode=fast"], "config key mode: 'fast' is none of default, released"),
     "more devices than there are": (["--config.mesh.data=3"], "1 devices cannot be divided into data 3"),
     "unknown dtype": (["--config.dtype=int8"], "dtype must be float32 or bfloat16, got 'int8'"),

@@ -172,7 +172,7 @@ class VideoSource:
                 yield _upright(frame)
 
     def frames_at(self, fps: float) -> Iterator[np.ndarray]:
-        """The nearest frame to every moment k / fps, as long as the video lasts."""
+        """The nearest frame to every moment k / fps, as long as the video lasts; all as they are at its own rate."""
         wanted = 0
         for n, frame in enumerate(self.frames()):
             while round(wanted * self.fps / fps) == n:
