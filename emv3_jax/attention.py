@@ -1,7 +1,7 @@
 """attention(q, k, v): one signature; the kernel follows the platform that the program is compiled for.
 
-`self_attention` is the same for a sequence that may be divided over devices: by heads (Ulysses) where their number
-allows, else in a ring; without such a mesh it is `attention`.
+`self_attention` and `cross_attention` are the same over a mesh of devices (`jax.set_mesh`); a sequence that is divided
+attends to itself by heads (Ulysses) where their number allows, else in a ring. Without a mesh they are `attention`.
 
 CUDA runs cuDNN flash attention (bf16, fp16), TPU runs splash attention, everything else plain XLA, in query chunks
 where the sequence is long. `jax.lax.platform_dependent` decides at lowering time, so compiling ahead of time for
@@ -39,7 +39,7 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None =
     branches: dict[str, Callable[..., jax.Array]] = {}
     if _cudnn_fits(q):
         branches["cuda"] = partial(jax.nn.dot_product_attention, implementation="cudnn")
-    if _splash_fits(q):
+    if _splash_fits(q, k):
         branches["tpu"] = splash_attention
     if not branches:
         return _xla_attention(q, k, v)
@@ -47,22 +47,44 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None =
 
 
 def self_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """`attention` of a sequence with itself, q k v [B, L, N, K], divided along L over the mesh's axis "context".
+    """`attention` of a sequence with itself, q k v [B, L, N, K], over the mesh of `jax.set_mesh`.
 
-    The mesh is the one of `jax.set_mesh`. Ulysses gives each device all tokens of some heads, ring all heads of some
-    tokens, past which keys and values travel. Lengths that do not divide are padded.
+    Samples and heads are divided as they come; the sequence is divided over the mesh's axis "context": Ulysses gives
+    each device all tokens of some heads, ring all heads of some tokens, past which keys and values travel. Lengths that
+    do not divide are padded.
     """
     devices = sharding.axis_size(sharding.CONTEXT)
     if devices == 1:
-        return attention(q, k, v)
-    length, heads = q.shape[1:3]
-    form = ulysses_attention if heads % devices == 0 else ring_attention
-    batch = sharding.present(sharding.DATA) if q.shape[0] % sharding.axis_size(sharding.DATA) == 0 else None
-    spec = PartitionSpec(batch, sharding.CONTEXT)
-    run = jax.shard_map(partial(form, length=length), in_specs=(spec,) * 3, out_specs=spec, check_vma=False)
-    rest = -length % devices
-    padded = (jnp.pad(x, ((0, 0), (0, rest), (0, 0), (0, 0))) for x in (q, k, v))
-    return run(*padded)[:, :length]
+        return _over_devices(attention, q, k, v, keys_divided=False)
+    length, heads = q.shape[1], q.shape[2] // _head_shards(q.shape[2])
+    form = partial(ulysses_attention if heads % devices == 0 else ring_attention, length=length)
+    return _over_devices(form, q, k, v, keys_divided=True)
+
+
+def cross_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """`attention` of q [B, L, N, K], divided like a sequence, to k and v [B, S, N, K] that every device holds."""
+    return _over_devices(attention, q, k, v, keys_divided=False)
+
+
+def _head_shards(heads: int) -> int:
+    tensor = sharding.axis_size(sharding.TENSOR)
+    return tensor if heads % tensor == 0 else 1
+
+
+def _over_devices(form: Callable, q: jax.Array, k: jax.Array, v: jax.Array, keys_divided: bool) -> jax.Array:
+    """`form` on every device's share; kernels know nothing of meshes."""
+    batch = sharding.batch_axes(q.shape[0])
+    tokens = sharding.present(sharding.CONTEXT)
+    heads = sharding.TENSOR if _head_shards(q.shape[2]) > 1 else None
+    if not (batch or tokens or heads):
+        return form(q, k, v)
+    length, rest = q.shape[1], -q.shape[1] % sharding.axis_size(sharding.CONTEXT)
+    pad = lambda x: jnp.pad(x, ((0, 0), (0, rest), (0, 0), (0, 0)))  # noqa: E731
+    divided, whole = PartitionSpec(batch, tokens, heads), PartitionSpec(batch, None, heads)
+    keys = divided if keys_divided else whole
+    run = jax.shard_map(form, in_specs=(divided, keys, keys), out_specs=divided, check_vma=False)
+    k, v = (pad(x) if keys_divided else x for x in (k, v))
+    return run(pad(q), k, v)[:, :length]
 
 
 def ulysses_attention(q: jax.Array, k: jax.Array, v: jax.Array, length: int) -> jax.Array:
@@ -182,9 +204,9 @@ def _cudnn_fits(q: jax.Array) -> bool:
     return plugin and q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0
 
 
-def _splash_fits(q: jax.Array) -> bool:
-    """Short query sequences gain nothing from splash attention, and narrow heads do not fill its lanes."""
-    return q.shape[1] >= 1024 and q.shape[-1] % LANES == 0
+def _splash_fits(q: jax.Array, k: jax.Array) -> bool:
+    """Short sequences gain nothing from splash attention, and narrow heads do not fill its lanes."""
+    return q.shape[1] >= 1024 and k.shape[1] >= LANES and q.shape[-1] % LANES == 0
 
 
 def _up(n: int, multiple: int) -> int:

@@ -3,14 +3,18 @@
 A mesh has the axes
     data     samples of a batch, or windows of a long video
     branch   guidance branches; its size is 1 or their number
+    fsdp     samples too, and parameters, optimizer and moving average, which are gathered where they are used
     context  tokens of a sequence (`attention.self_attention`)
-    fsdp     parameters; gathered where they are used
-Parameters follow one table of rules by name, the same for every model: a rule says which dimension is divided along
-fsdp. Rules are strict: a parameter that no rule knows is an error, so that a new kind of layer is thought about once.
-Models say how activations are divided with `divide`, which does nothing without a mesh (`jax.set_mesh`).
+    tensor   heads, and the channels inside a layer
+Parameters follow one table of rules by name, the same for every model and for what an optimizer keeps of them: a rule
+says which dimension is divided along fsdp and which along tensor. Rules are strict: a parameter that no rule knows is
+an error, so that a new kind of layer is thought about once. Models say how activations are divided with `divide`, which
+does nothing without a mesh (`jax.set_mesh`).
 """
 
+import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -19,50 +23,55 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from emv3_jax.errors import UserError
 
-DATA, BRANCH, CONTEXT, FSDP = "data", "branch", "context", "fsdp"
-AXES = (DATA, BRANCH, CONTEXT, FSDP)
-# Last name of a parameter's path -> the dimension that is divided, counted from the end because layers may be stacked
-# in front; None: every device holds all of it.
-RULES: tuple[tuple[str, int | None], ...] = (
-    (r"kernel|time_kernel|v", -1),  # output channels
-    (r"embedding|position_embedding", -2),  # one row a token
-    (r"bias|time_bias|scale|gamma|g|modulation|class_embedding|masked_spec_embed|position_bias", None),
+DATA, BRANCH, FSDP, CONTEXT, TENSOR = "data", "branch", "fsdp", "context", "tensor"
+AXES = (DATA, BRANCH, FSDP, CONTEXT, TENSOR)
+BATCH = (DATA, FSDP)  # both divide samples
+Axis = str | tuple[str, ...] | None
+
+# Last names of a parameter's path -> the dimensions that are divided along fsdp and tensor, counted from the end
+# because layers may be stacked in front; None: not divided. The first rule that knows a parameter counts.
+RULES: tuple[tuple[str, int | None, int | None], ...] = (
+    (r"(out|o|down|fc2|proj_out)/kernel", -1, -2),  # back to the residual stream: the inner channels come in
+    (r"(query|key|value|q|k|v|up|gate|fc1)/kernel", -2, -1),  # to heads and inner channels
+    (r"kernel|time_kernel|v", -1, None),  # output channels
+    (r"embedding|position_embedding", -2, None),  # one row a token
+    (r"bias|time_bias|scale|gamma|g|modulation|class_embedding|masked_spec_embed|position_bias", None, None),
 )
 
 
-def spec_for(path: str, shape: tuple[int, ...], devices: int) -> PartitionSpec:
-    """The division of one parameter over `devices` along "fsdp".
+def spec_for(path: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> PartitionSpec:
+    """The division of one parameter over a mesh whose axes have some sizes.
 
     What does not divide evenly is held whole by every device: JAX has no uneven shards.
 
     Raises:
-      ValueError: no rule, or more than one, knows the parameter.
+      ValueError: no rule knows the parameter.
     """
-    name = path.rsplit("/", 1)[-1]
-    found = [dimension for pattern, dimension in RULES if re.fullmatch(pattern, name)]
-    if len(found) != 1:
-        raise ValueError(f"{len(found)} sharding rules know {path}: there must be one")
-    dimension = found[0]
-    if dimension is None or shape[dimension] % devices:
-        return PartitionSpec()
+    rule = next((rule for rule in RULES if re.fullmatch(rf"(.*/)?({rule[0]})", path)), None)
+    if rule is None:
+        raise ValueError(f"no sharding rule knows {path}: there must be one")
     spec: list[str | None] = [None] * len(shape)
-    spec[dimension] = FSDP
-    return PartitionSpec(*spec)
+    for axis, dimension in zip((FSDP, TENSOR), rule[1:], strict=True):
+        size = sizes.get(axis, 1)
+        if dimension is not None and -dimension <= len(shape) and size > 1 and shape[dimension] % size == 0:
+            spec[dimension] = axis
+    return PartitionSpec(*spec) if any(spec) else PartitionSpec()
 
 
-def make_mesh(devices: Any = None, data: int = 1, branch: int = 1, context: int = 1) -> Mesh:
-    """All devices (default: of this program): so many along data, branch and context, and the rest along fsdp.
+def make_mesh(devices: Any = None, data: int = 1, branch: int = 1, context: int = 1, tensor: int = 1) -> Mesh:
+    """All devices (default: of this program): so many along data, branch, context and tensor, and the rest along fsdp.
 
     Raises:
       UserError: the number of devices is not a multiple of the product.
     """
     devices = jax.devices() if devices is None else devices
-    wanted = data * branch * context
-    if min(data, branch, context) < 1 or len(devices) % wanted:
+    wanted = data * branch * context * tensor
+    if min(data, branch, context, tensor) < 1 or len(devices) % wanted:
         raise UserError(
-            f"{len(devices)} devices cannot be divided into data {data} x branch {branch} x context {context}"
+            f"{len(devices)} devices cannot be divided into data {data} x branch {branch} x context {context} x tensor "
+            f"{tensor}"
         )
-    sizes = (data, branch, context, len(devices) // wanted)
+    sizes = (data, branch, len(devices) // wanted, context, tensor)
     return jax.make_mesh(sizes, AXES, (jax.sharding.AxisType.Auto,) * len(AXES), devices=devices)
 
 
@@ -76,16 +85,29 @@ def present(name: str) -> str | None:
     return name if axis_size(name) > 1 else None
 
 
-def divide(x: jax.Array, *axes: str) -> jax.Array:
+def batch_axes(size: int) -> Axis:
+    """The axes along which a batch of some size is divided over the mesh in use: BATCH, its first, or none."""
+    for axes in (BATCH, BATCH[:1], BATCH[1:]):
+        some = tuple(axis for axis in axes if axis_size(axis) > 1)
+        if some and size % math.prod(axis_size(axis) for axis in some) == 0:
+            return some
+    return None
+
+
+def divide(x: jax.Array, *axes: Axis) -> jax.Array:
     """x with its first dimensions divided along axes of the mesh in use, as far as they divide evenly."""
-    spec = [present(axis) if x.shape[i] % axis_size(axis) == 0 else None for i, axis in enumerate(axes)]
+
+    def fitting(axis: Axis, size: int) -> Axis:
+        if axis == BATCH:
+            return batch_axes(size)
+        return present(axis) if isinstance(axis, str) and size % axis_size(axis) == 0 else None
+
+    spec = [fitting(axis, x.shape[i]) for i, axis in enumerate(axes)]
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec)) if any(spec) else x
 
 
 def param_shardings(params: Any, mesh: Mesh) -> Any:
     """A tree of NamedShardings for a parameter tree, whose leaves need only a shape; raises as `spec_for`."""
     flat = traverse_util.flatten_dict(dict(params), sep="/")
-    placed = {
-        path: NamedSharding(mesh, spec_for(path, tuple(leaf.shape), mesh.shape[FSDP])) for path, leaf in flat.items()
-    }
+    placed = {path: NamedSharding(mesh, spec_for(path, tuple(leaf.shape), mesh.shape)) for path, leaf in flat.items()}
     return traverse_util.unflatten_dict(placed, sep="/")

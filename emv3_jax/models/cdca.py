@@ -19,7 +19,7 @@ import numpy as np
 from flax import linen as nn
 from flax import struct
 
-from emv3_jax.attention import attention
+from emv3_jax.attention import attention, cross_attention
 from emv3_jax.config import DiTConfig
 from emv3_jax.layers import RMSNorm
 
@@ -116,10 +116,10 @@ class CDCA(nn.Module):
         q = RMSNorm(epsilon=1e-6, name="query_norm")(q).astype(cfg.dtype)
         q = q.reshape(batch, tokens, cfg.heads, cfg.head_width)
         out = sum(
-            branches.text[:, p] * attention(q, kv.text.key[:, p], kv.text.value[:, p])
+            branches.text[:, p] * cross_attention(q, kv.text.key[:, p], kv.text.value[:, p])
             for p in range(kv.text.key.shape[1])
         )
-        out = out + branches.image * attention(q, kv.image.key, kv.image.value)
+        out = out + branches.image * cross_attention(q, kv.image.key, kv.image.value)
         out = out + branches.audio * _attention_by_frame(q, kv.audio)
         out = out.reshape(batch, tokens, cfg.width)
         return nn.Dense(cfg.width, dtype=cfg.dtype, name="out")(out)

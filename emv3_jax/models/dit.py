@@ -121,7 +121,7 @@ class Block(nn.Module):
         x = x + CDCA(cfg, name="cross_attention")(h, kv, branches)
         h = _plain_norm(x, "mlp_norm") * (1 + scale_ff) + shift_ff
         x = x + gate_ff * MLP(cfg.ffn, cfg.width, dtype=cfg.dtype, name="mlp")(h)
-        return x, None
+        return sharding.divide(x, sharding.BATCH, sharding.CONTEXT), None
 
 
 class Head(nn.Module):
@@ -242,7 +242,7 @@ class DiT(nn.Module):
             raise ValueError(f"x {x.shape} and t {t.shape} do not fit conditions given as {context.given.shape}")
         grid = _grid(x.shape, cfg.patch)
         tokens = self.patch_embedding(jnp.concatenate([x, context.given], axis=-1))
-        return sharding.divide(tokens, sharding.DATA, sharding.CONTEXT), grid
+        return sharding.divide(tokens, sharding.BATCH, sharding.CONTEXT), grid
 
     def _velocity_of(self, tokens: jax.Array, t: jax.Array, grid: tuple[int, int, int]) -> jax.Array:
         """Tokens that leave the blocks -> velocity [B, T, h, w, 16]."""
