@@ -48,6 +48,9 @@ def get_config() -> ml_collections.ConfigDict:
             "eval_frames": 81,
             "sampling": {"steps": 10, "shift": 3.0, "text_scale": 1.0, "audio_scale": 2.0},
             # run
+            # several devices: samples and parameters go along fsdp, which takes what the others leave
+            "mesh": {"data": 1, "context": 1, "tensor": 1},
+            "micro_batches": 1,  # parts that a batch is taken in, to save memory
             "minutes": 0.0,
             "bad_steps": 3,
             "log_every": 20,

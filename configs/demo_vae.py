@@ -40,6 +40,9 @@ def get_config() -> ml_collections.ConfigDict:
             "beta2": 0.99,
             "ema_decay": 0.998,
             # run
+            # several devices: samples and parameters go along fsdp, which takes what the others leave
+            "mesh": {"data": 1, "context": 1, "tensor": 1},
+            "micro_batches": 1,  # parts that a batch is taken in, to save memory
             "minutes": 0.0,
             "bad_steps": 3,
             "log_every": 20,

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from emv3_jax import config, demo, media
+from emv3_jax import config, demo, media, sharding
 from emv3_jax.command_line import did_you_mean
 from emv3_jax.config import FPS, RATE, Preset
 from emv3_jax.errors import UserError
@@ -29,7 +29,6 @@ from emv3_jax.manifest import COLUMNS, Job, checked_job
 from emv3_jax.options import SamplingOptions
 from emv3_jax.pipeline import Pipeline, load_pipeline, weight_hashes, with_dtype
 from emv3_jax.request import Ready, Request, read_request
-from emv3_jax.sharding import make_mesh
 
 KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 
@@ -90,18 +89,6 @@ def request_of(job: Job, cfg: Any) -> Request:
     )
 
 
-def mesh_of(cfg: Any) -> jax.sharding.Mesh | None:
-    """The mesh that a config asks for; None on one device.
-
-    Raises:
-      UserError: the devices cannot be divided so.
-    """
-    count, (data, branch, context) = jax.device_count(), (cfg.mesh[axis] for axis in ("data", "branch", "context"))
-    if count == 1 and max(data, branch, context) <= 1:
-        return None
-    return make_mesh(data=data, branch=branch, context=context or max(1, count // max(1, data * branch)))
-
-
 def options_of(job: Job, cfg: Any) -> SamplingOptions:
     """The config's sampling section with the job's own values.
 
@@ -138,7 +125,7 @@ class Renderer:
 
     def __init__(self, cfg: Any, preset: Preset, words: Any):
         self.cfg, self.preset, self.words = cfg, preset, words
-        self.mesh = mesh_of(cfg)
+        self.mesh = sharding.from_config(cfg.mesh)
         self._pipe: Pipeline | None = None
         self._hashes: dict[str, str] = {}
 

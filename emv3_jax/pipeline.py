@@ -24,6 +24,7 @@ from emv3_jax.diffusion import guidance, negatives
 from emv3_jax.diffusion import sampler as sampling
 from emv3_jax.diffusion.phda import PhDAConfig
 from emv3_jax.errors import UserError
+from emv3_jax.models import umt5
 from emv3_jax.models import vae as vae_model
 from emv3_jax.models.audio_tokens import audio_encoder
 from emv3_jax.models.clip import CLIPVision
@@ -105,11 +106,6 @@ class Pipeline:
         return jax.jit(lambda params, videos: vae_model.encode_chunked(self.vae, params, videos)[0])
 
     @functools.cached_property
-    def _text(self) -> Any:
-        """(text params, ids, mask) -> states [M, text_len, text_width]."""
-        return jax.jit(lambda params, ids, mask: conditioning.encode_text({"text": params}, self.preset, ids, mask))
-
-    @functools.cached_property
     def _image(self) -> Any:
         """(image params, pixels [I, H, W, 3], has_image [I]) -> states [I, image_tokens, image_width]."""
         return jax.jit(lambda params, *picture: conditioning.encode_image({"image": params}, self.preset, *picture))
@@ -123,10 +119,11 @@ class Pipeline:
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """What the encoders make of prompts [M, text_len], of the options' negative prompts (a mixture a stage) and of
         pictures [I, H, W, 3]; needs the text and the image encoder, one after the other."""
-        words = self.words.encode(list(options.negatives.prompts))
+        count, words = len(ids), self.words.encode(list(options.negatives.prompts))
         mixtures, _ = negatives.stages(options.negatives.table(options.grid.timesteps))
-        text = self._text(self.params["text"], np.concatenate([ids, words[0]]), np.concatenate([mask, words[1]]))
-        text, negative = text[: len(ids)], jnp.einsum("KM,MSD->KSD", mixtures, text[len(ids) :])
+        ids, mask = np.concatenate([ids, words[0]]), np.concatenate([mask, words[1]])
+        text = umt5.encode_by_layer(self.preset.text, self.params["text"], ids, mask) * mask[..., None]
+        text, negative = text[:count], jnp.einsum("KM,MSD->KSD", mixtures, text[count:])
         return text, negative, self._image(self.params["image"], image, has_image)
 
     def sample_latents(

@@ -75,6 +75,22 @@ def make_mesh(devices: Any = None, data: int = 1, branch: int = 1, context: int 
     return jax.make_mesh(sizes, AXES, (jax.sharding.AxisType.Auto,) * len(AXES), devices=devices)
 
 
+def from_config(section: Mapping[str, int]) -> Mesh | None:
+    """The mesh of a config's section {axis: size}; 0 takes all devices that the others leave. None on one device.
+
+    Raises:
+      UserError: as `make_mesh`; an axis that there is not.
+    """
+    unknown = sorted(set(section) - set(AXES))
+    if unknown:
+        raise UserError(f"config key mesh: there is no axis {unknown[0]!r}; there are {', '.join(AXES)}")
+    count, given = jax.device_count(), {axis: size for axis, size in section.items() if axis != FSDP}
+    if count == 1 and max(given.values(), default=1) <= 1:
+        return None
+    others = math.prod(max(size, 1) for size in given.values())
+    return make_mesh(**{axis: size or max(1, count // others) for axis, size in given.items()})
+
+
 def axis_size(name: str) -> int:
     """Devices along an axis of the mesh in use (`jax.set_mesh`); 1 without one."""
     return dict(jax.sharding.get_abstract_mesh().shape).get(name, 1)

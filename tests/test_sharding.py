@@ -111,3 +111,19 @@ print("good")
 
 def test_attention_of_a_divided_sequence_is_that_of_the_whole():
     assert on_eight_devices(ATTENTION).stdout == "good\n"
+
+
+TRAINING = """
+import numpy as np
+from bench import meshes
+from emv3_jax.sharding import make_mesh
+want = meshes.run(4, None)
+for mesh, parts in ((make_mesh(data=2, context=2, tensor=2), 1), (make_mesh(), 1)):
+    np.testing.assert_allclose(meshes.run(4, mesh, parts), want, rtol=1e-5)
+print("good")
+"""
+
+
+def test_training_on_eight_devices_has_the_losses_of_one():
+    """All meshes, and more steps, are in bench.meshes."""
+    assert on_eight_devices(TRAINING).stdout == "good\n"

@@ -80,6 +80,8 @@ RUN: dict[str, Test] = {
     "export_dtype": _one_of("float32", "float16"),
     "eval_clips": _whole(1),
     "motion_gain": NOT_NEGATIVE,
+    "micro_batches": _whole(1),
+    "mesh": (lambda value: hasattr(value, "keys"), "a section"),
 }
 VAE: dict[str, Test] = {"picture": _whole(16), "l2_weight": NOT_NEGATIVE, "kl_weight": NOT_NEGATIVE}
 DIT: dict[str, Test] = {

@@ -1,6 +1,7 @@
 """Turns the crank: batches in, steps, log lines, checkpoints, and on from where the last run stopped."""
 
 import collections
+import contextlib
 import pathlib
 import shutil
 import signal
@@ -13,6 +14,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from emv3_jax import sharding
 from emv3_jax.errors import UserError
 from emv3_jax.files import check_writable
 from emv3_jax.training import state as train_state
@@ -45,8 +47,8 @@ def train(recipe: Recipe, cfg: Any, workdir: pathlib.Path) -> int:
     Args:
       recipe: what is trained.
       cfg: optimizer settings (state.make_optimizer) and steps, seed, ema_decay, log_every, eval_every,
-        checkpoint_every, minutes (stop after so long, 0: never), bad_steps (stop after so many non-finite steps); of
-        values that checks.run has nothing against.
+        checkpoint_every, mesh (sharding.from_config), micro_batches, minutes (stop after so long, 0: never), bad_steps
+        (stop after so many non-finite steps); of values that checks.run has nothing against.
       workdir: checkpoints, metrics.jsonl, TensorBoard events and the exported `weights/`.
     Returns:
       The signal (SIGTERM, SIGINT) that stopped the run before its time, or 0. A stopped run has saved its last step.
@@ -61,16 +63,20 @@ def train(recipe: Recipe, cfg: Any, workdir: pathlib.Path) -> int:
         raise UserError(f"--workdir {workdir} cannot be used: {error.strerror}; name a folder") from error
     check_writable(workdir / "metrics.jsonl")
     optimizer = train_state.make_optimizer(cfg)
+    mesh = sharding.from_config(cfg.mesh)
     state = train_state.init_state(recipe.init(), optimizer)
+    shardings = None if mesh is None else train_state.state_shardings(state, mesh)
+    state = state if shardings is None else jax.device_put(state, shardings)
     options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
     handler = ocp.StandardCheckpointHandler()
     with ocp.CheckpointManager(workdir / "checkpoints", options=options, item_handlers=handler) as checkpoints:
         state = _resume(checkpoints, state, workdir)
-        step_fn = train_state.make_step(recipe.loss, optimizer, cfg.ema_decay, cfg.seed)
+        step_fn = train_state.make_step(recipe.loss, optimizer, cfg.ema_decay, cfg.seed, cfg.micro_batches, shardings)
         first = int(state.step)
         log = RunLog(workdir, first)
         try:
-            state, stopped = _crank(recipe, cfg, state, step_fn, checkpoints, log)
+            with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+                state, stopped = _crank(recipe, cfg, state, step_fn, checkpoints, log, mesh)
         finally:
             log.close()
     if stopped and int(state.step) == first:
@@ -131,7 +137,7 @@ def _differences(saved: Any, state: Any) -> list[str]:
     ]
 
 
-def _crank(recipe, cfg, state, step_fn, checkpoints, log) -> tuple[TrainState, int]:
+def _crank(recipe, cfg, state, step_fn, checkpoints, log, mesh) -> tuple[TrainState, int]:
     """The loop of `train`: the last state, in a checkpoint if a step was taken, and the signal that ended it, or 0."""
     first, started = int(state.step), time.monotonic()
     step = first  # the last one that was taken; state.step would have to be waited for
@@ -149,12 +155,12 @@ def _crank(recipe, cfg, state, step_fn, checkpoints, log) -> tuple[TrainState, i
             batch = signals.break_off(recipe.batch, step + 1)
             if signals.received:
                 continue
-            state, metrics = step_fn(state, batch)
+            state, metrics = step_fn(state, train_state.place_batch(batch, mesh))
             step += 1
             watch.add(step, metrics["finite"])
             if step % cfg.log_every == 0 or step == first + 1:
                 report.add(step, metrics)
-            if step % cfg.eval_every == 0 and (seen := signals.break_off(recipe.evaluate, state.ema)):
+            if step % cfg.eval_every == 0 and (seen := signals.break_off(recipe.evaluate, jax.device_get(state.ema))):
                 scores, pictures = seen
                 log.scalars(step, scores)
                 for name, picture in pictures.items():

@@ -1,13 +1,17 @@
 """What training carries from step to step, and the one update that changes it."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
+from jax.sharding import NamedSharding, PartitionSpec
 
+from emv3_jax import sharding
 from emv3_jax.errors import UserError
 
 Params = Any
@@ -86,17 +90,73 @@ def init_state(params: Params, optimizer: optax.GradientTransformation) -> Train
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), jax.tree.map(jnp.copy, params))
 
 
-def make_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, ema_decay: float, seed: int):
+def state_shardings(state: TrainState, mesh: jax.sharding.Mesh) -> TrainState:
+    """Where each part of a state lies on a mesh: optimizer and moving average are divided like the parameters."""
+
+    def place(path: tuple, leaf: Any) -> NamedSharding:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        spec = sharding.spec_for(name, leaf.shape, mesh.shape) if leaf.shape else PartitionSpec()
+        return NamedSharding(mesh, spec)
+
+    return jax.tree_util.tree_map_with_path(place, state)
+
+
+def place_batch(batch: Any, mesh: jax.sharding.Mesh | None) -> Any:
+    """A batch on the devices of a mesh, its samples divided over them as far as they divide evenly."""
+    if mesh is None:
+        return batch
+    axes = [axis for axis in sharding.BATCH if mesh.shape[axis] > 1]
+
+    def place(leaf: Any) -> jax.Array:
+        count = math.prod(mesh.shape[axis] for axis in axes)
+        spec = (
+            PartitionSpec(tuple(axes)) if axes and np.ndim(leaf) and np.shape(leaf)[0] % count == 0 else PartitionSpec()
+        )
+        return jax.device_put(leaf, NamedSharding(mesh, spec))
+
+    return jax.tree.map(place, batch)
+
+
+def make_step(
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    ema_decay: float,
+    seed: int,
+    micro_batches: int = 1,
+    shardings: TrainState | None = None,
+):
     """The compiled update (state, batch) -> (state, metrics); the old state's memory is reused.
 
     The random key is a function of seed and step, so a resumed run draws what an uninterrupted one would have drawn.
     The moving average starts fast: its decay is min(ema_decay, (1 + step) / (10 + step)). A step whose loss or
     gradient is not finite changes nothing but the step number; its metrics say `finite` = 0.
+
+    Args:
+      micro_batches: the batch is taken in so many equal parts, one after another, in the memory of one; their gradients
+        are averaged. Each part has random keys of its own.
+      shardings: of the state (`state_shardings`), which the new one keeps.
     """
+    gradient = jax.value_and_grad(loss_fn, has_aux=True)
+
+    def gradients(params: Params, batch: Any, key: jax.Array) -> tuple[tuple[jax.Array, dict[str, jax.Array]], Params]:
+        if micro_batches == 1:
+            return gradient(params, batch, key)
+        sizes = {leaf.shape[0] for leaf in jax.tree.leaves(batch)}
+        if any(size % micro_batches for size in sizes):
+            raise UserError(f"config key micro_batches: {micro_batches} does not divide a batch of {max(sizes)}")
+        parts = jax.tree.map(lambda leaf: leaf.reshape(micro_batches, -1, *leaf.shape[1:]), batch)
+        one = lambda number, part: gradient(params, part, jax.random.fold_in(key, number))  # noqa: E731
+        zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(one, 0, jax.tree.map(lambda leaf: leaf[0], parts)))
+
+        def add(total: Any, part: tuple[jax.Array, Any]) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, one(*part)), None
+
+        total, _ = jax.lax.scan(add, zeros, (jnp.arange(micro_batches), parts))
+        return jax.tree.map(lambda leaf: leaf / micro_batches, total)
 
     def update(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), STEP_STREAM), state.step)
-        (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch, key)
+        (loss, metrics), grads = gradients(state.params, batch, key)
         norm = optax.global_norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -109,4 +169,4 @@ def make_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, ema_deca
         )
         return state, {"loss": loss, "grad_norm": norm, "finite": finite.astype(jnp.float32), **metrics}
 
-    return jax.jit(update, donate_argnums=0)
+    return jax.jit(update, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None))

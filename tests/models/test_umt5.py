@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 from convert import engine, umt5
 from emv3_jax.checkpoint import write_safetensors
 from emv3_jax.config import UMT5Config
-from emv3_jax.models.umt5 import UMT5Encoder, relative_buckets
+from emv3_jax.models.umt5 import UMT5Encoder, encode_by_layer, relative_buckets
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 TINY = UMT5Config(vocab=97, width=32, attention_width=32, heads=4, layers=3, ffn=48)
@@ -137,3 +137,10 @@ def test_wrong_shapes_are_refused():
     ids = jnp.zeros((2, 5), jnp.int32)
     with pytest.raises(ValueError, match=r"ids and mask must both be \[B, S\]"):
         UMT5Encoder(TINY).init(jax.random.key(0), ids, ids[:, :4])
+
+
+def test_a_layer_at_a_time_gives_the_same_states(params, golden):
+    with jax.default_matmul_precision("highest"):
+        out = np.asarray(encode_by_layer(TINY, params, golden["ids"], golden["mask"]))
+    real = golden["mask"][..., None] > 0
+    assert np.abs(np.where(real, out - golden["out"], 0)).max() <= 1e-5 * np.abs(golden["out"]).max()

@@ -131,3 +131,36 @@ def test_master_weights_are_float32():
     optimizer = train_state.make_optimizer(config())
     state = train_state.init_state({"w": np.ones((2, 2), np.float16)}, optimizer)
     assert state.params["w"].dtype == state.ema["w"].dtype == jnp.float32
+
+
+def mean_loss(params, batch, key):
+    """Of samples, as a training loss is; its gradient is an average over them."""
+    return jnp.mean(jnp.square(batch["x"] @ params["head"]["kernel"] - batch["y"])), {"mean": jnp.mean(batch["x"])}
+
+
+def test_micro_batches_give_the_gradient_of_the_whole_batch():
+    rng = np.random.default_rng(0)
+    batch = {name: jnp.asarray(rng.standard_normal((8, 2)), jnp.float32) for name in ("x", "y")}
+    ends = []
+    for count in (1, 4):
+        step = train_state.make_step(mean_loss, optax.sgd(0.1), 0.9, 0, micro_batches=count)
+        state, metrics = step(train_state.init_state(params(), optax.sgd(0.1)), batch)
+        ends.append((state.params["head"]["kernel"], metrics["loss"], metrics["grad_norm"], metrics["mean"]))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), *ends)
+    step = train_state.make_step(mean_loss, optax.sgd(0.1), 0.9, 0, micro_batches=3)
+    with pytest.raises(UserError, match="micro_batches: 3 does not divide a batch of 8"):
+        step(train_state.init_state(params(), optax.sgd(0.1)), batch)
+
+
+def test_optimizer_and_average_lie_where_their_parameters_do():
+    mesh = jax.sharding.AbstractMesh((1, 1, 2, 1, 2), ("data", "branch", "fsdp", "context", "tensor"))
+    tree = {"mlp": {"up": {"kernel": jnp.zeros((4, 6)), "bias": jnp.zeros(6)}}}
+    state = train_state.init_state(tree, train_state.make_optimizer(config()))
+    places = train_state.state_shardings(state, mesh)
+    kernels = [
+        place.spec
+        for path, place in jax.tree_util.tree_flatten_with_path(places)[0]
+        if jax.tree_util.keystr(path).endswith("['kernel']")
+    ]
+    assert kernels == [jax.sharding.PartitionSpec("fsdp", "tensor")] * 4  # parameters, two moments, average
+    assert places.step.spec == jax.sharding.PartitionSpec()

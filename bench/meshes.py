@@ -1,0 +1,107 @@
+"""Losses on every mesh of eight devices against one: python -m bench.meshes [--steps 20] [--meshes N]
+
+Eight devices are made of this machine's processor. The demo's transformer is trained on random latents by the step that
+`train.py` runs; every mesh (data, fsdp, context, tensor) whose sizes multiply to 8 must give the losses of one device.
+Prints one row a mesh: the largest relative difference of a loss over all steps.
+"""
+
+import argparse
+import contextlib
+import itertools
+import os
+import sys
+from typing import Any
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from emv3_jax.config import DEMO
+from emv3_jax.diffusion import flow
+from emv3_jax.models.dit import Conditions, DiT, zero_inputs
+from emv3_jax.sharding import make_mesh
+from emv3_jax.training import losses
+from emv3_jax.training import state as train_state
+
+# Four heads, so that heads can be divided too; two layers, to compile quickly.
+CFG = dataclasses.replace(DEMO.dit, width=64, heads=4, layers=2, ffn=96)
+BATCH, LATENTS = 8, (5, 8, 8)
+
+
+def batch_of(step: int) -> dict[str, Any]:
+    """Random latents and conditions, a function of the step."""
+    rng = np.random.default_rng(step)
+    noise = lambda *shape: rng.standard_normal((BATCH, *shape), np.float32)  # noqa: E731
+    cond = Conditions(
+        given=noise(*LATENTS, CFG.mask_channels + CFG.latent_channels),
+        text=noise(CFG.text_len, CFG.text_width),
+        image=noise(CFG.image_tokens, CFG.image_width),
+        audio=noise(2 * (4 * (LATENTS[0] - 1) + 1), CFG.audio_width),
+        face_mask=np.ones((BATCH, LATENTS[1] * LATENTS[2] // 4), np.float32),
+        audio_scale=np.ones(BATCH, np.float32),
+    )
+    return {"x0": noise(*LATENTS, CFG.latent_channels), "cond": cond}
+
+
+def loss(params: Any, batch: dict[str, Any], key: jax.Array) -> tuple[jax.Array, dict]:
+    """Flow matching."""
+    times, noises = jax.random.split(key)
+    x0 = batch["x0"]
+    t, noise = flow.sample_timesteps(times, x0.shape[0]), jax.random.normal(noises, x0.shape)
+    velocity = DiT(CFG).apply({"params": params}, flow.add_noise(x0, noise, t), t, batch["cond"])
+    return losses.flow_matching(jnp.asarray(velocity), x0, noise, 0.0), {}
+
+
+def run(steps: int, mesh: jax.sharding.Mesh | None, micro_batches: int = 1) -> np.ndarray:
+    """The losses of so many steps."""
+    optimizer = optax.adamw(1e-3)
+    params = jax.jit(lambda key: DiT(CFG).init(key, *zero_inputs(CFG))["params"])(jax.random.key(0))
+    state = train_state.init_state(jax.device_get(params), optimizer)
+    shardings = None if mesh is None else train_state.state_shardings(state, mesh)
+    state = state if shardings is None else jax.device_put(state, shardings)
+    step = train_state.make_step(loss, optimizer, 0.99, 0, micro_batches, shardings)
+    found = []
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        for number in range(steps):
+            state, metrics = step(state, train_state.place_batch(batch_of(number), mesh))
+            found.append(float(metrics["loss"]))
+    return np.array(found)
+
+
+def shapes() -> list[dict[str, int]]:
+    """Sizes of data, context and tensor whose product divides 8; fsdp takes the rest."""
+    sizes = itertools.product((1, 2, 4, 8), repeat=3)
+    return [{"data": d, "context": c, "tensor": t} for d, c, t in sizes if 8 % (d * c * t) == 0 and CFG.heads % t == 0]
+
+
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--meshes", type=int, default=100, help="at most so many, evenly chosen")
+    args = parser.parse_args()
+    want = run(args.steps, None)
+    print(f"loss on one device: {want[0]:.6f} at first, {want[-1]:.6f} after {args.steps} steps\n")
+    print("| data | fsdp | context | tensor | largest relative difference |\n| --- | --- | --- | --- | --- |")
+    every = shapes()
+    worst = 0.0
+    for sizes in every[:: -(-len(every) // args.meshes)]:
+        mesh = make_mesh(**sizes)
+        error = float(np.abs(run(args.steps, mesh) / want - 1).max())
+        worst = max(worst, error)
+        print(
+            "| " + " | ".join(str(mesh.shape[a]) for a in ("data", "fsdp", "context", "tensor")) + f" | {error:.1e} |",
+            flush=True,
+        )
+    print(f"\nworst {worst:.1e}: {'good' if worst < 1e-5 else 'MORE than 1e-5'}")
+    return 0 if worst < 1e-5 else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
