@@ -115,10 +115,9 @@ def main() -> int:
     args = parser.parse_args()
     preset = PRESETS[args.preset]
     preset = dataclasses.replace(preset, dit=dataclasses.replace(preset.dit, dtype="bfloat16"))
-    print(
-        "| topology | chips | mesh | windows | arguments, GiB | temporaries, GiB | collectives | compile | FLOPs | floor |"
-    )
-    print("| --- " * 10 + "|")
+    names = ("topology", "chips", "mesh", "windows", "arguments, GiB", "temporaries, GiB", "collectives", "compile",
+             "FLOPs", "floor")  # fmt: skip
+    print(f"| {' | '.join(names)} |\n" + "| --- " * len(names) + "|")
     for topology in args.topology:
         print(compile_for(topology, preset, args), flush=True)
     return 0

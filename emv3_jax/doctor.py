@@ -25,7 +25,10 @@ from emv3_jax.errors import UserError
 
 GB = 1e9
 PACKAGE, INSTALL = "emv3_jax", "pip install -e . in the folder of this program"
-OPTIONAL = {"torch": "only needed to convert .pth files: pip install 'emv3_jax[torch]'"}
+OPTIONAL = {
+    "torch": "only needed to convert .pth files: pip install 'emv3_jax[torch]'",
+    "dlib-bin": "only needed to find faces in pictures: pip install 'emv3_jax[face]'",
+}
 ACCELERATORS = {  # what is there when the hardware is -> the extra that JAX needs to use it
     "/dev/nvidia0": ("an NVIDIA GPU", "gpu", "cuda"),
     "/dev/accel0": ("a TPU", "tpu", "tpu"),
@@ -110,12 +113,18 @@ def presets() -> Iterator[Line]:
 
     memory = min(device_memory(device) for device in jax.local_devices())
     for preset in PRESETS.values():
-        values = sum(leaf.size for leaf in jax.tree.leaves(expected_params(preset)))
+        models = {
+            role: sum(leaf.size for leaf in jax.tree.leaves(tree)) for role, tree in expected_params(preset).items()
+        }
+        values, largest = sum(models.values()), 2 * max(models.values()) / GB
         sizes = {"float32": 4 * values / GB, "bfloat16": 2 * values / GB}
         what = f"{preset.name}: {values / 1e6:,.0f} million weights"
         fits = [name for name, size in sizes.items() if size < 0.8 * memory]  # the rest is for what is computed
         if fits:
             yield Line("ok", f"{what}, {sizes[fits[0]]:.2g} GB in {fits[0]}, fit here with room to compute")
+        elif largest < 0.8 * memory:
+            alone = f"one model at a time fits here, the largest with {largest:.1f} GB in bfloat16"
+            yield Line("note", f"{what}, {alone}", "leave the config's low_memory on")
         else:
             small = f"{sizes['bfloat16']:.1f} GB in bfloat16 do not fit into {memory:.1f} GB"
             yield Line("note", f"{what}, {small}", "use a machine with more memory")

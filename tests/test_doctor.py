@@ -42,7 +42,12 @@ def test_an_accelerator_that_jax_leaves_alone(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(
     ("memory", "said"),
-    [(80.0, "GB in float32, fit here"), (30.0, "GB in bfloat16, fit here"), (8.0, "do not fit into 8.0 GB: use")],
+    [
+        (80.0, "GB in float32, fit here"),
+        (30.0, "GB in bfloat16, fit here"),
+        (15.0, "one model at a time fits here"),
+        (8.0, "do not fit into 8.0 GB: use"),
+    ],
 )
 def test_presets_by_memory(monkeypatch, memory, said):
     monkeypatch.setattr(doctor, "device_memory", lambda device: memory)
