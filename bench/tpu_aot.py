@@ -1,11 +1,14 @@
-"""Compiles the full-size sampling step for a TPU slice, on any machine: python -m bench.tpu_aot --topology v5e:2x4
+"""Compiles full-size programs for a TPU slice, on any machine: python -m bench.tpu_aot --topology v5e:2x4
 
-    python -m bench.tpu_aot --topology v5e:2x4 v5p:2x2x1 v6e:2x4 --preset preview --latents 29,96,96 --context 4
+    python -m bench.tpu_aot --topology v5e:2x4 v5p:2x2x1 v6e:2x4 --preset preview --mode sample --latents 29,96,96
+    python -m bench.tpu_aot --topology v5e:4x8 --mode train --context 4
 
-Needs the libtpu that belongs to the jax that is installed (pip install -e '.[tpu]'), and no TPU. The program is the one
-that `sample.py` runs: three guidance branches of one window, text, image and sound prepared. Prints one row a topology:
-memory a chip (arguments and temporaries), collectives, seconds to compile, and the floor of a step: FLOPs over the
-chips' peak. Nothing is run, so there are no timings.
+Needs the libtpu that belongs to the jax that is installed (pip install -e '.[tpu]'), and no TPU. The programs are those
+that are run: a sampling step of `sample.py` (three guidance branches of some windows; text, image and sound prepared),
+or the training step of `train.py` on the same transformer (AdamW, float32 masters, moving average, all blocks computed
+again in the backward pass), given latents and the states of text and image. Prints one row a topology: memory a chip
+(arguments and temporaries), collectives, seconds to compile, and the floor of a step: FLOPs over the chips' peak.
+Nothing is run, so there are no timings.
 """
 
 import argparse
@@ -25,6 +28,7 @@ os.environ |= {
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -32,29 +36,39 @@ from bench.dit_forward import flops
 from emv3_jax import steps
 from emv3_jax.config import PRESETS, Preset
 from emv3_jax.contexts import Shared, Window
+from emv3_jax.diffusion import flow
 from emv3_jax.diffusion.guidance import ModelVelocity
 from emv3_jax.models.audio_tokens import audio_encoder
 from emv3_jax.models.cdca import KV
-from emv3_jax.models.dit import DiT
+from emv3_jax.models.dit import DiT, zero_inputs
 from emv3_jax.options import SamplingOptions
 from emv3_jax.pipeline import expected_params
-from emv3_jax.sharding import make_mesh, param_shardings
+from emv3_jax.sharding import BATCH, make_mesh, param_shardings
+from emv3_jax.training import losses
+from emv3_jax.training import state as train_state
 
 PEAK = {"v4": 275e12, "v5e": 197e12, "v5p": 459e12, "v6e": 918e12}  # bf16 FLOP/s of a chip, as published
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
 
-def abstract_inputs(preset: Preset, latents: tuple[int, int, int], windows: int, mesh: jax.sharding.Mesh) -> Any:
-    """Velocity, shared keys and values, windows and x, as shapes with their places on the mesh."""
-    cfg, (frames, height, width) = preset.dit, latents
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    shape = lambda *sizes, dtype=jnp.float32: jax.ShapeDtypeStruct(sizes, dtype, sharding=everywhere)  # noqa: E731
+Latents = tuple[int, int, int]
+
+
+def everywhere(mesh: jax.sharding.Mesh) -> Any:
+    """shape(*sizes, dtype) of an array that every chip holds."""
+    place = NamedSharding(mesh, PartitionSpec())
+    return lambda *sizes, dtype=jnp.float32: jax.ShapeDtypeStruct(sizes, dtype, sharding=place)
+
+
+def placed(tree: Any, places: Any) -> Any:
+    """Shapes with their places."""
+    return jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), tree, places)
+
+
+def sampling_step(preset: Preset, latents: Latents, batch: int, mesh: jax.sharding.Mesh) -> tuple[Any, float]:
+    """The traced step for a batch of windows, and its FLOPs."""
+    cfg, (frames, height, width), shape = preset.dit, latents, everywhere(mesh)
     like = expected_params(preset)["dit"]
-    params = jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-        like,
-        param_shardings(like, mesh),
-    )
     encoder = audio_encoder(cfg, parent=None)
     features = 2 * (4 * (frames - 1) + 1) if cfg.audio_windows is None else 4 * (frames - 1) + 1
     piece = encoder.piece(features, 0, frames)
@@ -62,45 +76,81 @@ def abstract_inputs(preset: Preset, latents: tuple[int, int, int], windows: int,
         *(shape(cfg.layers, count, tokens, cfg.heads, cfg.head_width, dtype=jnp.dtype(cfg.dtype)) for _ in range(2))
     )
     window = Window(
-        given=shape(windows, frames, height, width, cfg.mask_channels + cfg.latent_channels),
-        audio=shape(windows, *encoder.audio_shape(piece.length)),
-        segments=shape(windows, *piece.segments.shape, dtype=jnp.int32),
-        prompts=shape(windows, 1, dtype=jnp.int32),
-        text_share=shape(windows, 1, frames),
-        pictures=shape(windows, dtype=jnp.int32),
-        audio_gain=shape(windows, height * width // 4),
+        given=shape(batch, frames, height, width, cfg.mask_channels + cfg.latent_channels),
+        audio=shape(batch, *encoder.audio_shape(piece.length)),
+        segments=shape(batch, *piece.segments.shape, dtype=jnp.int32),
+        prompts=shape(batch, 1, dtype=jnp.int32),
+        text_share=shape(batch, 1, frames),
+        pictures=shape(batch, dtype=jnp.int32),
+        audio_gain=shape(batch, height * width // 4),
     )
+    velocity = ModelVelocity(placed(like, param_shardings(like, mesh)), DiT(cfg))
+    plan = steps.make_steps(SamplingOptions(steps=8, text_scale=4.0, audio_scale=2.9), velocity)
     shared = Shared(kv(2, cfg.text_len), kv(1, cfg.image_tokens), negatives=1)
-    return ModelVelocity(params, DiT(cfg)), shared, window, shape(windows, frames, height, width, cfg.latent_channels)
+    x, i = shape(batch, frames, height, width, cfg.latent_channels), jax.ShapeDtypeStruct((), jnp.int32)
+    with jax.set_mesh(mesh):  # not before: what is computed on the way is computed here
+        traced = steps.window_velocity.trace(velocity, plan, shared, window, x, i, ())
+    return traced, 3 * batch * flops(frames * height * width // 4)
+
+
+def training_step(preset: Preset, latents: Latents, batch: int, mesh: jax.sharding.Mesh) -> tuple[Any, float]:
+    """The traced step for a batch of clips, and its FLOPs: forward, backward, and forward again."""
+    cfg, (frames, height, width) = dataclasses.replace(preset.dit, remat=True), latents
+    model, optimizer = DiT(cfg), optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-4))
+
+    def loss(params: Any, given: dict[str, Any], key: jax.Array) -> tuple[jax.Array, dict]:
+        times, noises = jax.random.split(key)
+        x0 = given["x0"]
+        t, noise = flow.sample_timesteps(times, batch), jax.random.normal(noises, x0.shape)
+        velocity = model.apply({"params": params}, flow.add_noise(x0, noise, t), t, given["cond"])
+        return losses.flow_matching(jnp.asarray(velocity), x0, noise, 0.0), {}
+
+    like = jax.eval_shape(lambda tree: train_state.init_state(tree, optimizer), expected_params(preset)["dit"])
+    shardings = train_state.state_shardings(like, mesh)
+    x, _, cond = jax.eval_shape(lambda: zero_inputs(cfg, frames))
+    grid = (frames, height, width)
+    sizes = {"x0": x.shape[-1:], "given": cond.given.shape[-1:]}
+    divided = NamedSharding(mesh, PartitionSpec(BATCH))
+    one = lambda *rest: jax.ShapeDtypeStruct((batch, *rest), jnp.float32, sharding=divided)  # noqa: E731
+    conditions = cond.replace(
+        given=one(*grid, *sizes["given"]), text=one(*cond.text.shape[1:]), image=one(*cond.image.shape[1:]),
+        audio=one(*cond.audio.shape[1:]), face_mask=one(height * width // 4), audio_scale=one(),
+    )  # fmt: skip
+    step = train_state.make_step(loss, optimizer, 0.999, 0, 1, shardings)
+    with jax.set_mesh(mesh):
+        traced = step.trace(placed(like, shardings), {"x0": one(*grid, *sizes["x0"]), "cond": conditions})
+    return traced, 4 * batch * flops(frames * height * width // 4)
+
+
+PROGRAMS = {"sample": sampling_step, "train": training_step}
 
 
 def compile_for(topology: str, preset: Preset, args: argparse.Namespace) -> str:
     """One row of the table."""
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    mesh, windows = (
-        make_mesh(devices, data=args.data, context=args.context),
-        args.windows or len(devices) // args.context,
-    )
-    velocity, shared, window, x = abstract_inputs(preset, args.latents, windows, mesh)
-    options = SamplingOptions(steps=8, text_scale=4.0, audio_scale=2.9)
-    plan = steps.make_steps(options, velocity)
+    mesh = make_mesh(devices, data=args.data, context=args.context, tensor=args.tensor)
+    batch = args.batch or len(devices) // (args.context * args.tensor)
     started = time.monotonic()
-    index = jax.ShapeDtypeStruct((), jnp.int32)
+    traced, work = PROGRAMS[args.mode](preset, args.latents, batch, mesh)
     with jax.set_mesh(mesh):
-        compiled = steps.window_velocity.trace(velocity, plan, shared, window, x, index, ()).lower().compile()
+        compiled = traced.lower().compile()
     took = time.monotonic() - started
     memory, text = compiled.memory_analysis(), compiled.as_text()
     found = {name: len(re.findall(rf" {name}(?:-start)?\(", text)) for name in COLLECTIVES}
-    tokens = args.latents[0] * args.latents[1] * args.latents[2] // 4
-    work = 3 * windows * flops(tokens)
     floor = work / (len(devices) * PEAK[topology.partition(":")[0]])
-    sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
-    return (
-        f"| {topology} | {len(devices)} | {sizes} | {windows} | {memory.argument_size_in_bytes / 2**30:.2f} | "
-        f"{memory.temp_size_in_bytes / 2**30:.2f} | "
-        f"{', '.join(f'{count} {name}' for name, count in found.items() if count) or 'none'} | {took:.0f} s | "
-        f"{work / 1e15:.2f} P | {floor:.2f} s |"
+    cells = (
+        topology,
+        len(devices),
+        " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1),
+        batch,
+        f"{memory.argument_size_in_bytes / 2**30:.2f}",
+        f"{memory.temp_size_in_bytes / 2**30:.2f}",
+        ", ".join(f"{count} {name}" for name, count in found.items() if count) or "none",
+        f"{took:.0f} s",
+        f"{work / 1e15:.2f} P",
+        f"{floor:.2f} s",
     )
+    return f"| {' | '.join(map(str, cells))} |"
 
 
 def main() -> int:
@@ -109,13 +159,17 @@ def main() -> int:
     parser.add_argument("--topology", nargs="+", default=["v5e:2x4"])
     parser.add_argument("--preset", choices=("preview", "flash"), default="preview")
     parser.add_argument("--latents", type=lambda text: tuple(map(int, text.split(","))), default=(29, 96, 96))
-    parser.add_argument("--windows", type=int, default=0, help="windows of one batch; 0: one for every `context` chips")
+    parser.add_argument("--mode", choices=PROGRAMS, default="sample")
+    parser.add_argument(
+        "--batch", type=int, default=0, help="windows or clips; 0: one for every context x tensor chips"
+    )
     parser.add_argument("--data", type=int, default=1)
     parser.add_argument("--context", type=int, default=4)
+    parser.add_argument("--tensor", type=int, default=1)
     args = parser.parse_args()
     preset = PRESETS[args.preset]
     preset = dataclasses.replace(preset, dit=dataclasses.replace(preset.dit, dtype="bfloat16"))
-    names = ("topology", "chips", "mesh", "windows", "arguments, GiB", "temporaries, GiB", "collectives", "compile",
+    names = ("topology", "chips", "mesh", "batch", "arguments, GiB", "temporaries, GiB", "collectives", "compile",
              "FLOPs", "floor")  # fmt: skip
     print(f"| {' | '.join(names)} |\n" + "| --- " * len(names) + "|")
     for topology in args.topology:

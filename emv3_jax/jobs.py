@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from emv3_jax import config, demo, media, sharding
+from emv3_jax import config, demo, media, render, sharding
 from emv3_jax.command_line import did_you_mean
 from emv3_jax.config import FPS, RATE, Preset
 from emv3_jax.errors import UserError
@@ -144,10 +144,11 @@ class Renderer:
         return self._pipe
 
     def read(self, job: Job) -> tuple[Ready, SamplingOptions]:
-        """Reads a job's files and checks its settings."""
+        """Reads a job's files, checks its settings, and prints what was changed."""
         options = options_of(job, self.cfg)
         self.words.encode(list(options.negatives.prompts))
         ready = read_request(request_of(job, self.cfg), self.preset, self.words)
+        render.check(ready, options, self.preset)
         for note in (*ready.notes, *([demo.PUPPETS_ONLY] if self.preset.name == "demo" else [])):
             print(f"note: {note}")
         return ready, options

@@ -44,8 +44,8 @@ class SamplingOptions:
     cache_threshold: TeaCache, 0 is off; cache_start: steps that are always computed.
     long_video: a key of LONG_FORMS, for videos longer than a window; empty: cfg. window: video frames of one, 4k + 1; 0
     is the longest clip of the preset. overlap: latent frames that neighbouring windows share.
-    windows_together: how many windows are one batch. branches_together: guidance branches as one batch, or one after
-    another in the memory of one.
+    windows_together: how many windows are one batch; 0: as many as the device has memory for. branches_together:
+    guidance branches as one batch, or one after another in the memory of one.
     """
 
     sampler: str = "flow"
@@ -66,7 +66,7 @@ class SamplingOptions:
     long_video: str = "cfg"
     window: int = 0
     overlap: int = 8
-    windows_together: int = 1
+    windows_together: int = 0
     branches_together: bool = True
 
     def __post_init__(self):
@@ -88,8 +88,8 @@ class SamplingOptions:
             raise UserError(f"window must be 4k + 1 frames and at least 5, got {self.window}")
         if self.overlap < 0:
             raise UserError(f"overlap must be 0 or more latent frames, got {self.overlap}")
-        if self.windows_together < 1:
-            raise UserError(f"windows_together must be at least 1, got {self.windows_together}")
+        if self.windows_together < 0:
+            raise UserError(f"windows_together must be 0 or more, got {self.windows_together}")
         _ = self.negatives, self.cache  # refuse what they refuse
 
     @property

@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from emv3_jax import conditioning, media, steps, tasks, timeline
-from emv3_jax.config import FPS
+from emv3_jax import conditioning, media, sharding, steps, tasks, timeline
+from emv3_jax.config import FPS, Preset
 from emv3_jax.contexts import Window
 from emv3_jax.diffusion import long_video
 from emv3_jax.diffusion.sampler import OnStep
@@ -31,6 +31,7 @@ from emv3_jax.options import SamplingOptions
 from emv3_jax.request import Ready, fit_box, given_pixels, scaled
 
 HANDED_ON = 8  # chained form: so many last frames of a chunk are given to the next (SPEC section 4)
+MEMORY_SHARE = 0.8  # of a device's free memory that batches of windows may take
 FEATHER = 1 / 8  # lip sync: this share of the mouth box fades into the video on every side, inside the box
 Tell = Callable[[str], None]
 Given = Callable[[int, int], np.ndarray]  # given(first, last) -> [last - first, h, w, 4 + 16]
@@ -58,6 +59,7 @@ def stream(
     pipe: Any, ready: Ready, options: SamplingOptions, on_step: OnStep | None, folder: pathlib.Path, tell: Tell
 ) -> Iterator[np.ndarray]:
     """See `Pipeline.stream`, whose arguments these are; the folder is removed at the end."""
+    check(ready, options, pipe.preset)
     run = Run(pipe, ready, options, folder)
     windows = options.windows(run.latent_frames(run.frames), pipe.preset.max_frames)
     for line in steps.describe(run.steps):
@@ -70,6 +72,22 @@ def stream(
         frames = _first(ready.frames, run.decode(run.follow(run.whole(), windows, on_step)))
     yield from frames if ready.video is None else run.dubbed(frames)
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def check(ready: Ready, options: SamplingOptions, preset: Preset) -> None:
+    """Whether a request and options go together; before any work.
+
+    Raises:
+      UserError: windows that cannot overlap so far, or a task or a length that the chained form does not take.
+    """
+    latent_frames = (ready.frames - 1) // preset.vae.temporal_factor + 1
+    windows = options.windows(latent_frames, preset.max_frames)
+    if options.long_video != "chained" or len(windows.starts) == 1:
+        return
+    if ready.task not in ("i2v", "t2v"):
+        raise UserError(f"the chained form does not know the task {ready.task}: use long_video cfg")
+    if 0 < options.window <= HANDED_ON:
+        raise UserError(f"the chained form hands on {HANDED_ON} frames: window must be longer, got {options.window}")
 
 
 class Run:
@@ -109,7 +127,7 @@ class Run:
     def whole(self) -> Clip:
         """The whole video as one clip."""
         count = self.latent_frames(self.frames)
-        given = self._given_by_pictures(count) if self.ready.video is None else self._given_by_video(count)
+        given = self._given_by_pictures(count) if self.ready.video is None else self._given_by_video()
         return Clip(self.features, timeline.shares(self.ready.prompts, count), given)
 
     def follow(self, clip: Clip, windows: long_video.Windows, on_step: OnStep | None) -> Store:
@@ -133,9 +151,35 @@ class Run:
             with pipe.on_mesh():
                 return steps.window_velocity(*arguments, np.int32(i), memory)
 
-        group = min(self.options.windows_together, len(spans))
+        group = self._windows_together(clip, spans, prompts)
         long_video.follow(predict, solver, self.options.grid, windows, store, form.blend, group, on_step)
         return store
+
+    def _windows_together(self, clip: Clip, spans: list[tuple[int, int]], prompts: int) -> int:
+        """How many windows are one batch: as asked, or as many as the device has memory for, in batches of one size."""
+        most = self.options.windows_together or self._fitting(clip, spans, prompts)
+        batches = -(-len(spans) // min(most, len(spans)))
+        return -(-len(spans) // batches)
+
+    def _fitting(self, clip: Clip, spans: list[tuple[int, int]], prompts: int) -> int:
+        """What the compiler says of one window's memory, against what the device has left. A processor takes one."""
+        stats = jax.local_devices()[0].memory_stats()
+        if len(spans) == 1 or not stats:
+            return 1
+        window = self._window(clip, spans[:1], prompts)
+        x = np.zeros((1, spans[0][1] - spans[0][0], *self.pipe.frame_shape(self.ready.size)), np.float32)
+        arguments = self.velocity, self.steps, self.shared, window, x
+        with self.pipe.on_mesh():
+            memory = steps.no_memory(*arguments)
+            compiled = steps.window_velocity.lower(*arguments, np.int32(0), memory).compile()
+        analysis = compiled.memory_analysis()
+        assert analysis is not None
+        needed = max(1, analysis.temp_size_in_bytes)
+        left = MEMORY_SHARE * (stats["bytes_limit"] - stats["bytes_in_use"])
+        return max(1, int(left / needed)) * self._data_shards()
+
+    def _data_shards(self) -> int:
+        return 1 if self.pipe.mesh is None else self.pipe.mesh.shape[sharding.DATA]
 
     def _window(self, clip: Clip, spans: list[tuple[int, int]], prompts: int) -> Window:
         """A batch of windows of one size, of at most so many prompts each."""
@@ -160,16 +204,8 @@ class Run:
 
     def chained(self, on_step: OnStep | None) -> Iterator[np.ndarray]:
         """The released default for long videos: chunks of one window, each of which is given the last frames of the one
-        before; the frames that two chunks share are cross-faded (SPEC section 4).
-
-        Raises:
-          UserError: for tasks that give more than the beginning.
-        """
-        if self.ready.task not in ("i2v", "t2v"):
-            raise UserError(f"the chained form does not know the task {self.ready.task}: use long_video cfg")
+        before; the frames that two chunks share are cross-faded (SPEC section 4)."""
         length = self.options.window or self.pipe.preset.max_frames
-        if length <= HANDED_ON:
-            raise UserError(f"the chained form hands on {HANDED_ON} frames: window must be longer, got {length}")
         count = -(-(self.ready.frames - HANDED_ON) // (length - HANDED_ON))
         size = self.latent_frames(length)
         tail: list[np.ndarray] = []
@@ -220,7 +256,7 @@ class Run:
 
         return given
 
-    def _given_by_video(self, total: int) -> Given:
+    def _given_by_video(self) -> Given:
         """Everything but the mouth is given; encoded once, into a file."""
         pipe, ready = self.pipe, self.ready
         height, width = pipe.frame_shape(ready.size)[:2]
@@ -236,7 +272,6 @@ class Run:
                 part = FrameFile(temporary, file.shape)
                 for k, latent in enumerate(vae_model.encode_stream(pipe.vae, pipe.params["vae"], masked)):
                     part.write(k, np.concatenate([mask, np.asarray(latent[0, 0])], axis=-1)[None])
-        del total
         return file.read
 
     def _mouth_box(self) -> tuple[int, int, int, int]:

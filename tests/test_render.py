@@ -129,6 +129,30 @@ def test_lengths_are_rounded_and_the_surplus_is_cut(tiny_pipeline):
     assert difference(last, video(tiny_pipeline, ask(9, task="flf2v", last_image=255 - IMAGE))) <= 2
 
 
+def test_as_many_windows_together_as_memory_allows(tiny_pipeline, tmp_path, monkeypatch):
+    """Batches change nothing; what fits is what the compiler says of one window."""
+    options = dataclasses.replace(OPTIONS, window=9, overlap=1)
+    ready = read_request(ask(41), tiny_pipeline.preset)
+    run = render.Run(tiny_pipeline, ready, options, tmp_path / "render")
+    clip, windows = run.whole(), options.windows(11, 13)
+    spans = list(zip(windows.starts, windows.ends, strict=True))
+    assert len(spans) == 5 and run._windows_together(clip, spans, 1) == 1  # a processor says nothing of its memory
+
+    class Device:
+        def memory_stats(self):
+            return {"bytes_limit": 10**12, "bytes_in_use": 0}
+
+    monkeypatch.setattr(jax, "local_devices", lambda: [Device()])
+    assert run._windows_together(clip, spans, 1) == 5
+    monkeypatch.undo()
+    one = video(tiny_pipeline, ask(41), options)
+    for count, size in ((2, 2), (3, 3), (4, 3)):  # batches of equal size: 5 windows are 3 + 2, whether 3 or 4 fit
+        changed = dataclasses.replace(options, windows_together=count)
+        again = render.Run(tiny_pipeline, ready, changed, tmp_path / "render")
+        assert again._windows_together(clip, spans, 1) == size
+        assert difference(one, video(tiny_pipeline, ask(41), changed)) <= 2
+
+
 def test_prompts_over_time_act_in_their_time(tiny_pipeline):
     one = video(tiny_pipeline, ask(13))
     same = video(tiny_pipeline, ask(13, prompt=f"0-0.2s: {PROMPT}; 0.2-9s: {PROMPT}"))

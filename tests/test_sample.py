@@ -85,6 +85,7 @@ BAD = {
     "unknown dtype": (["--config.dtype=int8"], "dtype must be float32 or bfloat16, got 'int8'"),
     "unknown form": (["--config.sampling.long_video=x"], "there is no form of long video 'x'"),
     "window": (["--config.sampling.window=8"], "window must be 4k + 1 frames"),
+    "overlap": (["--config.sampling.window=5", "--config.frames=9"], "windows of 2 latent frames cannot overlap by 8"),
     "missing manifest": (["--manifest=none.jsonl"], "manifest none.jsonl does not exist"),
     "missing weights": (["--config.weights=none"], "no weights at none"),
     "a config for training": (["--config", str(ROOT / "configs" / "demo_vae.py")], "this config is not for sampling"),
