@@ -7,6 +7,7 @@ beside the video, from which --resume goes on.
 
 import dataclasses
 import importlib.metadata
+import itertools
 import json
 import pathlib
 import resource
@@ -22,7 +23,7 @@ from tqdm import tqdm
 
 from emv3_jax import config, demo, media, render, sharding
 from emv3_jax.command_line import did_you_mean
-from emv3_jax.config import FPS, RATE, Preset
+from emv3_jax.config import RATE, Preset
 from emv3_jax.errors import UserError
 from emv3_jax.layers import temporal_frequencies
 from emv3_jax.manifest import COLUMNS, Job, checked_job
@@ -30,6 +31,7 @@ from emv3_jax.options import SamplingOptions
 from emv3_jax.pipeline import Pipeline, load_pipeline, weight_hashes, with_dtype
 from emv3_jax.request import Ready, Request, read_request
 
+NO_MATTER = ("sampling", "mesh", "low_memory")  # config keys that a record has elsewhere, or that change no video
 KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 
 
@@ -168,8 +170,7 @@ class Renderer:
         if not self._hashes:
             self._hashes = weight_hashes(self.preset.name, self.cfg.weights or None)
         return {
-            "preset": self.preset.name,
-            "mode": self.cfg.mode,
+            "config": {name: value for name, value in self.cfg.to_dict().items() if name not in NO_MATTER},
             "dtype": self.preset.dit.dtype,
             "weights": self._hashes,
             "job": dataclasses.asdict(job),
@@ -193,35 +194,42 @@ class Renderer:
         with media.atomic_path(out.with_suffix(".json")) as path:
             path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
         made = f"{out} and {job.sheet}" if job.sheet else str(out)
-        print(f"wrote {made}: {ready.frames} frames, {ready.frames / FPS:.2f} s of video, in {took:.1f} s")
+        fps, count = ready.output
+        print(f"wrote {made}: {count} frames, {count / fps:.2f} s of video, in {took:.1f} s")
         print("  " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in clock.laps.items()))
         print("  peak memory " + ", ".join(f"{name} {size:.2f} GB" for name, size in peak_memory().items()))
 
     def _write(
         self, job: Job, ready: Ready, options: SamplingOptions, pipe: Pipeline, clock: "Clock", record: dict[str, Any]
     ) -> None:
-        fps, count = ready.output
-        with tqdm(total=options.steps, desc="sampling", unit="step", disable=None) as bar:
+        folder = render_folder(pathlib.Path(job.out))
+        # The chained form samples between the pictures, so the first bar stays until the end.
+        with tqdm(total=options.steps, desc="sampling", unit="step", disable=None) as steps_bar:
 
             def on_step(done: int, total: int) -> None:
-                clock.step(done)
-                bar.total = total
-                bar.update(done - bar.n)
+                clock.step()
+                steps_bar.total = total
+                steps_bar.update(done - steps_bar.n)
 
-            folder = render_folder(pathlib.Path(job.out))
             pieces = pipe.stream(ready, options, on_step, folder, tell=lambda line: tqdm.write(f"note: {line}"))
             first = next(pieces)
-        clock.lap_steps("conditions")
-        height, width = first.shape[1:3]
+            clock.lap_steps()
+            self._write_video(job, ready, itertools.chain([first], pieces), first.shape[1:3], clock, record)
+
+    def _write_video(
+        self, job: Job, ready: Ready, pieces: Iterator[np.ndarray], size: tuple[int, ...], clock: "Clock",
+        record: dict[str, Any],
+    ) -> None:  # fmt: skip
+        """Writes pieces [k, H, W, 3] as they come, and the contact sheet, of which only its own frames are kept."""
+        assert ready.track is not None
+        (fps, count), (sound, rate) = ready.output, ready.track
         shown: dict[int, np.ndarray] = {}
         wanted = set(media.sheet_frames(count))
-        assert ready.track is not None
-        sound, rate = ready.track
         with media.VideoWriter(
-            job.out, height, width, fps=fps, wave=sound, rate=rate, scale=1 if ready.video else self.cfg.enlarge,
+            job.out, size[0], size[1], fps=fps, wave=sound, rate=rate, scale=1 if ready.video else self.cfg.enlarge,
             comment=json.dumps(record, ensure_ascii=False),
         ) as video, tqdm(total=count, desc="decoding", unit="frame", disable=None) as bar:  # fmt: skip
-            for piece in _chain(first, pieces):
+            for piece in pieces:
                 shown |= {video.count + k: frame for k, frame in enumerate(piece) if video.count + k in wanted}
                 video.write(piece)
                 bar.update(len(piece))
@@ -291,16 +299,16 @@ class Clock:
         self.laps[name] = round(now - self._last, 3)
         self._last = now
 
-    def step(self, done: int) -> None:
+    def step(self) -> None:
         """A sampling step ended."""
         self._steps.append(time.monotonic())
 
-    def lap_steps(self, name: str) -> None:
-        """Ends sampling; what came before the first step is the stage `name`, with the warm-up."""
+    def lap_steps(self) -> None:
+        """Ends sampling up to the first picture."""
         if self._steps:
             spans = np.diff(self._steps)
             usual = float(np.median(spans)) if len(spans) else 0.0
-            self.laps[f"{name} and warm-up"] = round(max(0.0, self._steps[0] - self._last - usual), 3)
+            self.laps["conditions and warm-up"] = round(max(0.0, self._steps[0] - self._last - usual), 3)
             self.laps["sampling"] = round(self._steps[-1] - self._steps[0] + usual, 3)
             self._last = self._steps[-1]
         self.lap("first frame")
@@ -322,8 +330,3 @@ def _keep_or_remove(folder: pathlib.Path) -> None:
         print(f"note: the finished steps are kept in {folder}: go on with --resume", file=sys.stderr)
     else:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _chain(first: np.ndarray, rest: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
-    yield first
-    yield from rest
