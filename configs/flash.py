@@ -9,48 +9,21 @@ instead. A video takes minutes on an accelerator and many hours on a CPU.
 
 import ml_collections
 
+from configs import preview
+
 
 def get_config() -> ml_collections.ConfigDict:
-    return ml_collections.ConfigDict(
-        {
-            "preset": "flash",
-            "weights": "weights",
-            "mode": "default",  # or released
-            "dtype": "",  # of the transformer's matmuls; empty: bfloat16 on accelerators, float32 on a CPU
-            "riflex": 0,  # RIFLEx: number of the temporal frequency that is slowed down, from 1; 0: none
-            "low_memory": True,  # one model at a time in memory
-            # several devices: how many ways windows of a long video, guidance branches (1 or all of them) and tokens
-            # are divided; context 0 takes all the others
-            "mesh": {"data": 1, "branch": 1, "context": 0},
-            # what to animate where the command line does not say
-            "puppet": -1,  # none: picture and sound must be given
-            "prompt": "",
-            "face": "detect",  # where the voice acts, where --face does not say: on the face that is found
-            "frames": 0,  # 4k + 1; 0: as long as the sound
-            "fps": 0.0,  # lipsync: frames a second of what is written; 0: those of the given video
-            "enlarge": 1,
-            # how the velocity is followed
-            "sampling": {
-                "sampler": "unipc",  # or flow, dpmpp
-                "steps": 8,
-                "shift": 5.0,
-                "text_scale": 1.0,  # the text guides nothing
-                "audio_scale": 3.0,
-                "text_dynamic": False,
-                "audio_dynamic": False,
-                "cfg_skip_ratio": 0.0,
-                "negative_prompt": "",
-                "negative_motion": "",  # PNG: added in the early phase
-                "negative_detail": "",  # and in the late one
-                "neg_scale": 1.0,  # the negative embedding grows by this in the first steps, up to neg_steps
-                "neg_steps": 0,
-                "cache_threshold": 0.0,  # TeaCache: 0.1 is the released value; 0 is off
-                "cache_start": 5,
-                "long_video": "",  # cfg, chained, released or none; empty: cfg, in released mode chained
-                "window": 0,  # video frames; 0: the longest clip of the preset, 113
-                "overlap": 8,  # latent frames
-                "windows_together": 0,  # windows in one batch; 0: as many as the device has memory for
-                "branches_together": True,
-            },
-        }
+    cfg = preview.get_config()
+    cfg.preset = "flash"
+    cfg.sampling.update(
+        sampler="unipc",
+        steps=8,
+        text_scale=1.0,  # the text guides nothing
+        audio_scale=3.0,
+        text_dynamic=False,
+        audio_dynamic=False,
+        negative_prompt="",
+        neg_scale=1.0,
+        neg_steps=0,
     )
+    return cfg
