@@ -16,22 +16,17 @@ import numpy as np
 from emv3_jax import media
 from emv3_jax.config import DEMO
 from emv3_jax.data.puppet_latents import mouth_region
-from emv3_jax.options import SamplingOptions
-from emv3_jax.pipeline import Pipeline, Request, load_pipeline, read_request
+from emv3_jax.pipeline import Pipeline, Request, load_pipeline
 from emv3_jax.puppets import clips, metrics
+from emv3_jax.request import scaled
 
 FIRST_CLIP, OTHER_VOICE = 4000, 4100  # numbers that no other benchmark uses
 
 
 def sync_of(frames: np.ndarray, clip: clips.Clip) -> float:
     """Sync of uint8 frames with the clip's voice."""
-    heights = metrics.mouth_height(frames.astype(np.float32) / 127.5 - 1.0, clip)
+    heights = metrics.mouth_height(scaled(frames), clip)
     return metrics.sync(heights[1:], clip.mouth[1:, 0])[0]
-
-
-def frames_of(pipe: Pipeline, request: Request) -> np.ndarray:
-    """The video of a request."""
-    return np.concatenate(list(pipe.stream(read_request(request, pipe.preset), SamplingOptions())))
 
 
 def dub(pipe: Pipeline, number: int, frames: int, folder: pathlib.Path) -> tuple[float, float, bool]:
@@ -49,12 +44,12 @@ def dub(pipe: Pipeline, number: int, frames: int, folder: pathlib.Path) -> tuple
     asked = Request(
         task="lipsync", video=path, mouth=(y1, y2, x1, x2), audio=other.wave, prompt=clip.prompt, seed=number
     )
-    made = frames_of(pipe, asked)
+    made = pipe.generate(asked).frames
     source = np.stack(list(media.VideoSource(path).frames()))
     outside = np.ones(source.shape[1:3], bool)
     outside[y1:y2, x1:x2] = False
     again = Request(image=true[0], audio=other.wave, prompt=clip.prompt, frames=frames, seed=number)
-    return sync_of(made, wanted), sync_of(frames_of(pipe, again), wanted), bool((made == source)[:, outside].all())
+    return sync_of(made, wanted), sync_of(pipe.generate(again).frames, wanted), bool((made == source)[:, outside].all())
 
 
 def main() -> int:

@@ -19,6 +19,7 @@ from emv3_jax.options import LONG_FORMS, SamplingOptions
 from emv3_jax.pipeline import Pipeline, Request, load_pipeline
 from emv3_jax.puppets import clips, metrics, prompts, world
 from emv3_jax.render import HANDED_ON
+from emv3_jax.request import scaled
 
 FIRST_CLIP = 3000  # numbers that no other benchmark uses
 
@@ -43,7 +44,7 @@ def seams(form: str, frames: int, options: SamplingOptions) -> list[int]:
     if form == "chained":
         starts = range(length - HANDED_ON, frames, length - HANDED_ON)
         return [frame for start in starts for frame in (start, start + HANDED_ON) if frame < frames]
-    windows = options.windows((frames - 1) // 4 + 1, length)
+    windows = options.windows(DEMO.vae.latent_frames(frames), length)
     return sorted({4 * k - 3 for k in (*windows.starts[1:], *windows.ends[:-1])})
 
 
@@ -75,7 +76,7 @@ def generate(pipe: Pipeline, clip: clips.Clip, options: SamplingOptions, seed: i
     """The video [F, H, W, 3] in [-1, 1]."""
     portrait = media.to_uint8(np.asarray(piece(clip, 0, 1).render(DEMO.height))[0])
     request = Request(image=portrait, audio=clip.wave, prompt=clip.prompt, frames=len(clip.mouth), seed=seed)
-    return pipe.generate(request, options).frames.astype(np.float32) / 127.5 - 1.0
+    return scaled(pipe.generate(request, options).frames)
 
 
 def main() -> int:

@@ -10,13 +10,10 @@ import sys
 import time
 
 import jax
-import numpy as np
 
-from emv3_jax import conditioning, steps
-from emv3_jax.data import puppet_latents
-from emv3_jax.models import vae as vae_model
+from emv3_jax import steps
 from emv3_jax.options import SamplingOptions
-from emv3_jax.pipeline import Pipeline, load_pipeline
+from emv3_jax.pipeline import load_pipeline
 from emv3_jax.puppets import clips, evaluation
 
 FIRST_CLIP = 2000  # numbers that no other benchmark uses
@@ -43,19 +40,6 @@ ROWS: dict[str, dict] = {
 }
 
 
-def prepare(pipe: Pipeline, batch: list[clips.Clip], seed: int) -> tuple:
-    """What `Pipeline.sample_latents` is called with."""
-    size = pipe.preset.height
-    videos = np.stack([np.asarray(clip.render(size)) for clip in batch])
-    masks = np.stack([puppet_latents.task_mask("i2v", clip, size, size) for clip in batch])
-    rows = [
-        puppet_latents.describe(clip, "i2v", pipe.preset, video, whole_face=True)
-        for clip, video in zip(batch, videos, strict=True)
-    ]
-    noise = np.concatenate([pipe.noise(seed + k, videos.shape[1]) for k in range(len(batch))])
-    return conditioning.stack(rows), pipe.given_latents(videos, masks), noise
-
-
 def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -65,7 +49,7 @@ def main() -> int:
     pipe = load_pipeline("demo")
     some = [clips.make_clip("heldout", FIRST_CLIP + k, args.frames) for k in range(args.clips)]
     batches = [some[at : at + evaluation.BATCH] for at in range(0, args.clips, evaluation.BATCH)]
-    prepared = [prepare(pipe, batch, evaluation.BATCH * k) for k, batch in enumerate(batches)]
+    prepared = [evaluation.inputs(pipe, batch, seed=evaluation.BATCH * k) for k, batch in enumerate(batches)]
     print("| setting | computed steps | s a clip | sync | motion right | identity | PSNR |\n" + "| --- " * 7 + "|")
     for name, changes in ROWS.items():
         options = dataclasses.replace(BASE, **changes)
@@ -76,8 +60,7 @@ def main() -> int:
             started = time.perf_counter()
             latents = jax.block_until_ready(pipe.sample_latents(*arguments, options))
             seconds += time.perf_counter() - started
-            pieces = vae_model.decode_stream(pipe.vae, pipe.params["vae"], vae_model.frame_by_frame(latents))
-            scores += evaluation.score(np.concatenate([np.asarray(piece) for piece in pieces], axis=1), batch)
+            scores += evaluation.score(evaluation.decode(pipe, latents), batch)
         mean = evaluation.means(scores)
         count = f"{int(computed.sum())} of {options.steps}" if computed is not None else str(options.steps)
         print(

@@ -36,6 +36,13 @@ class VAEConfig:
     def temporal_factor(self) -> int:
         return 2 ** sum(self.temporal_down)
 
+    def latent_frames(self, frames: int) -> int:
+        """Of a video of 4k + 1 frames."""
+        return (frames - 1) // self.temporal_factor + 1
+
+    def video_frames(self, latent_frames: int) -> int:
+        return (latent_frames - 1) * self.temporal_factor + 1
+
 
 @dataclasses.dataclass(frozen=True)
 class AudioWindowConfig:

@@ -83,7 +83,7 @@ def _cell(text: str) -> Any:
         return text
 
 
-def checked_job(row: Mapping[str, Any], place: str = "") -> Job:
+def checked_job(row: Mapping[str, Any]) -> Job:
     """The job of a row.
 
     Raises:

@@ -157,7 +157,7 @@ class Pipeline:
 
         A latent frame's noise depends on its number alone, so a longer video begins with that of a shorter one.
         """
-        count = (frames - 1) // self.preset.vae.temporal_factor + 1
+        count = self.preset.vae.latent_frames(frames)
         return self.noise_frames(seed, 0, count, size or (self.preset.height, self.preset.width))[None]
 
     def noise_frames(self, seed: int, first: int, last: int, size: tuple[int, int]) -> jax.Array:

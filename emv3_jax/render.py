@@ -28,7 +28,7 @@ from emv3_jax.errors import UserError
 from emv3_jax.models import vae as vae_model
 from emv3_jax.models.audio_tokens import audio_encoder
 from emv3_jax.options import SamplingOptions
-from emv3_jax.request import Ready, fit_box, given_pixels, scaled
+from emv3_jax.request import Box, Ready, given_pixels, scaled
 
 HANDED_ON = 8  # chained form: so many last frames of a chunk are given to the next (SPEC section 4)
 MEMORY_SHARE = 0.8  # of a device's free memory that batches of windows may take
@@ -61,7 +61,7 @@ def stream(
     """See `Pipeline.stream`, whose arguments these are; the folder is removed at the end."""
     check(ready, options, pipe.preset)
     run = Run(pipe, ready, options, folder)
-    windows = options.windows(run.latent_frames(run.frames), pipe.preset.max_frames)
+    windows = options.windows(pipe.preset.vae.latent_frames(run.frames), pipe.preset.max_frames)
     for line in steps.describe(run.steps):
         tell(line)
     if len(windows.starts) > 1:
@@ -80,8 +80,7 @@ def check(ready: Ready, options: SamplingOptions, preset: Preset) -> None:
     Raises:
       UserError: windows that cannot overlap so far, or a task or a length that the chained form does not take.
     """
-    latent_frames = (ready.frames - 1) // preset.vae.temporal_factor + 1
-    windows = options.windows(latent_frames, preset.max_frames)
+    windows = options.windows(preset.vae.latent_frames(ready.frames), preset.max_frames)
     if options.long_video != "chained" or len(windows.starts) == 1:
         return
     if ready.task not in ("i2v", "t2v"):
@@ -95,15 +94,14 @@ class Run:
 
     def __init__(self, pipe: Any, ready: Ready, options: SamplingOptions, folder: pathlib.Path):
         self.pipe, self.ready, self.options, self.folder = pipe, ready, options, folder
-        preset = pipe.preset
+        preset, self.vae = pipe.preset, pipe.preset.vae
         ids, mask = pipe.words.encode([span.text for span in ready.prompts])
         has_image = np.array([ready.task != "t2v"], np.float32)
         # In this order, so that with little memory one model makes room for the next.
         states = pipe.states(ids, mask, scaled(ready.image)[None], has_image, options)
         self.frames = self._rounded_frames()
         self.features = conditioning.audio_features(preset, ready.heard, self.frames, pipe.params)
-        face = ready.face if preset.dit.audio_windows is None else None
-        self.gain = conditioning.face_tokens(face, *ready.size, preset.face_floored)
+        self.gain = conditioning.face_tokens(ready.face, *ready.size, preset.face_floored)
         self.velocity = pipe.velocity()
         self.settings = settings_of(preset.name, self.velocity.params, ready, options)
         self.shared = steps.shared(self.velocity, *states)
@@ -112,21 +110,15 @@ class Run:
 
     def _rounded_frames(self) -> int:
         """Frames that are made: some more than asked for, so that few lengths are compiled for one window."""
-        count, step = self.latent_frames(self.ready.frames), self.pipe.preset.latent_step
-        longest = self.latent_frames(self.options.window or self.pipe.preset.max_frames)
+        count, step = self.vae.latent_frames(self.ready.frames), self.pipe.preset.latent_step
+        longest = self.vae.latent_frames(self.options.window or self.pipe.preset.max_frames)
         rounded = min(-(-count // step) * step, longest)
         ends_open = self.ready.task in ("i2v", "t2v")
-        return self.video_frames(rounded) if ends_open and count <= longest else self.ready.frames
-
-    def latent_frames(self, frames: int) -> int:
-        return (frames - 1) // self.pipe.preset.vae.temporal_factor + 1
-
-    def video_frames(self, latent_frames: int) -> int:
-        return (latent_frames - 1) * self.pipe.preset.vae.temporal_factor + 1
+        return self.vae.video_frames(rounded) if ends_open and count <= longest else self.ready.frames
 
     def whole(self) -> Clip:
         """The whole video as one clip."""
-        count = self.latent_frames(self.frames)
+        count = self.vae.latent_frames(self.frames)
         given = self._given_by_pictures(count) if self.ready.video is None else self._given_by_video()
         return Clip(self.features, timeline.shares(self.ready.prompts, count), given)
 
@@ -147,8 +139,8 @@ class Run:
         def predict(members: tuple[int, ...], x: np.ndarray, i: int, memory: Any) -> tuple[jax.Array, Any]:
             window = self._window(clip, [spans[k] for k in members], prompts)
             arguments = self.velocity, self.steps, self.shared, window, x
-            memory = steps.no_memory(*arguments) if memory is None else memory
             with pipe.on_mesh():
+                memory = steps.no_memory(*arguments) if memory is None else memory
                 return steps.window_velocity(*arguments, np.int32(i), memory)
 
         group = self._windows_together(clip, spans, prompts)
@@ -207,7 +199,7 @@ class Run:
         before; the frames that two chunks share are cross-faded (SPEC section 4)."""
         length = self.options.window or self.pipe.preset.max_frames
         count = -(-(self.ready.frames - HANDED_ON) // (length - HANDED_ON))
-        size = self.latent_frames(length)
+        size = self.vae.latent_frames(length)
         tail: list[np.ndarray] = []
         left = self.ready.frames
         for number in range(count):
@@ -240,7 +232,7 @@ class Run:
             mask = tasks.pixel_mask("continuation", length, *self.ready.size, given_frames=len(tail))
         given = np.asarray(self.pipe.given_latents(video[None], mask[None]))[0]
         return Clip(
-            features, timeline.shares(tuple(spans), self.latent_frames(length)), lambda a, b: given[a:b], number
+            features, timeline.shares(tuple(spans), self.vae.latent_frames(length)), lambda a, b: given[a:b], number
         )
 
     def _given_by_pictures(self, total: int) -> Given:
@@ -250,7 +242,7 @@ class Run:
         def given(first: int, last: int) -> np.ndarray:
             key = last - first, last == total and self.ready.task == "flf2v"
             if key not in made:
-                video, mask = given_pixels(self.ready, self.video_frames(key[0]), key[1])
+                video, mask = given_pixels(self.ready, self.vae.video_frames(key[0]), key[1])
                 made[key] = np.asarray(self.pipe.given_latents(video[None], mask[None]))[0]
             return made[key]
 
@@ -263,7 +255,7 @@ class Run:
         channels = pipe.preset.dit.mask_channels + pipe.preset.vae.latent_channels
         file = FrameFile(self.folder / "given.f32", (height, width, channels))
         if not file.path.exists():
-            mouth = self._mouth_mask()[None, None]
+            mouth = tasks.box_mask(_whole_pixels(ready.mouth_made), *ready.size)[None, None, ..., None]
             mask = tasks.mask_channels(mouth)[0, 0]
             groups = _in_groups(self._video_frames(), pipe.preset.vae.temporal_factor)
             masked = (tasks.masked_video(scaled(group)[None], mouth) for group in groups)
@@ -273,17 +265,6 @@ class Run:
                 for k, latent in enumerate(vae_model.encode_stream(pipe.vae, pipe.params["vae"], masked)):
                     part.write(k, np.concatenate([mask, np.asarray(latent[0, 0])], axis=-1)[None])
         return file.read
-
-    def _mouth_box(self) -> tuple[int, int, int, int]:
-        """The box that is generated, whole pixels of the generated picture."""
-        ready = self.ready
-        source = ready.video.height, ready.video.width
-        y1, y2, x1, x2 = fit_box(ready.mouth, *source, *ready.size, self.pipe.preset.fit)
-        return int(y1), int(np.ceil(y2)), int(x1), int(np.ceil(x2))
-
-    def _mouth_mask(self) -> np.ndarray:
-        """[H, W, 1], 1 where the mouth is."""
-        return tasks.box_mask(self._mouth_box(), *self.ready.size)[..., None]
 
     def _video_frames(self) -> Iterator[np.ndarray]:
         """As many frames of the given video as are made, 25 a second, at the model's size; the last is repeated."""
@@ -305,9 +286,8 @@ class Run:
         Outside the box the pixels are those of the video; inside they fade over from its edge.
         """
         ready, video = self.ready, self.ready.video
-        assert ready.mouth is not None
-        y1, y2, x1, x2 = (round(side) for side in ready.mouth)
-        fitted = fit_box(ready.mouth, video.height, video.width, *ready.size, self.pipe.preset.fit)
+        assert ready.mouth is not None and ready.mouth_made is not None
+        y1, y2, x1, x2 = ready.mouth
         weight = _feathered(y2 - y1, x2 - x1)[..., None]
         made = (frame for piece in generated for frame in piece)
         number, picture = -1, None
@@ -317,7 +297,7 @@ class Run:
                 break
             while number < wanted:
                 picture, number = next(made), number + 1
-            mouth = media.cut_and_scale(picture, fitted, y2 - y1, x2 - x1)
+            mouth = media.cut_and_scale(picture, ready.mouth_made, y2 - y1, x2 - x1)
             frame = frame.copy()
             frame[y1:y2, x1:x2] = np.round(_blend(frame[y1:y2, x1:x2], mouth, weight)).astype(np.uint8)
             yield frame[None]
@@ -368,6 +348,12 @@ def _in_groups(frames: Iterator[np.ndarray], size: int) -> Iterator[np.ndarray]:
     yield next(frames)[None]
     while group := list(itertools.islice(frames, size)):
         yield np.stack(group)
+
+
+def _whole_pixels(box: Box) -> tuple[int, int, int, int]:
+    """The pixels that a box touches."""
+    y1, y2, x1, x2 = box
+    return int(y1), int(np.ceil(y2)), int(x1), int(np.ceil(x2))
 
 
 def _blend(a: np.ndarray, b: np.ndarray, weight: Any) -> np.ndarray:

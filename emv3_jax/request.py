@@ -58,7 +58,8 @@ class Ready:
     last_image: np.ndarray | None = None  # [H, W, 3] uint8
     track: tuple[np.ndarray, int] | None = None  # the sound as it was given, [n, 1 or 2], and its rate
     video: Any = None  # media.VideoSource whose pixels outside `mouth` are kept
-    mouth: Box | None = None  # in pixels of the video
+    mouth: tuple[int, int, int, int] | None = None  # the box that changes, in pixels of the video
+    mouth_made: Box | None = None  # and in those of the generated pictures
     fps: float = FPS  # of the result
 
     @property
@@ -116,13 +117,15 @@ def _rounded_size(proportion: float, area: int, step: int) -> tuple[int, int]:
     return max(((h, w) for h in heights if (w := area // h // step * step)), key=kept)
 
 
-def fit_box(box: Box, height: int, width: int, to_height: int, to_width: int, fit: str = "crop") -> Box:
+def fit_box(
+    box: Box, height: int, width: int, to_height: int, to_width: int, fit: str = "crop", what: str = "face box"
+) -> Box:
     """A box (y1, y2, x1, x2) of a height x width image, after `media.fit_image` to another size.
 
     Raises:
       UserError: the box is empty, or lies outside the image or in what is cut off.
     """
-    y1, y2, x1, x2 = _checked_box(box, height, width, "face box")
+    y1, y2, x1, x2 = _checked_box(box, height, width, what)
     down, across = to_height / height, to_width / width
     if fit == "crop":
         down = across = max(down, across)
@@ -130,7 +133,7 @@ def fit_box(box: Box, height: int, width: int, to_height: int, to_width: int, fi
     y1, y2 = (float(np.clip(y * down - top, 0, to_height - 1)) for y in (y1, y2))
     x1, x2 = (float(np.clip(x * across - left, 0, to_width - 1)) for x in (x1, x2))
     if y1 == y2 or x1 == x2:
-        raise UserError(f"the face box {box} lies in the part of the {height} x {width} image that is cut off")
+        raise UserError(f"the {what} {box} lies in the part of the {height} x {width} image that is cut off")
     return y1, y2, x1, x2
 
 
@@ -160,6 +163,12 @@ def read_request(request: Request, preset: Preset, words: Any = None) -> Ready:
     whole = image
     image = _fitted(whole, fitted_size(whole.shape[0], whole.shape[1], preset), preset, notes)
     face = _fitted_face(request.face, whole, image.shape[:2], preset, notes)
+    mouth = mouth_made = None
+    if request.mouth is not None:
+        (height, width), made = whole.shape[:2], image.shape
+        y1, y2, x1, x2 = (round(side) for side in _checked_box(request.mouth, height, width, "mouth box"))
+        mouth = y1, y2, x1, x2
+        mouth_made = fit_box(mouth, height, width, made[0], made[1], preset.fit, "mouth box")
     last = None
     if request.task == "flf2v":
         last = _fitted(_read_image(request.last_image, notes), image.shape[:2], preset, notes)
@@ -182,7 +191,8 @@ def read_request(request: Request, preset: Preset, words: Any = None) -> Ready:
         last_image=last,
         track=track,
         video=video,
-        mouth=request.mouth,
+        mouth=mouth,
+        mouth_made=mouth_made,
         fps=request.fps or (video.fps if video is not None else FPS),
     )
 
@@ -223,7 +233,6 @@ def _read_video(request: Request) -> tuple[Any, np.ndarray, list[str]]:
 
     assert request.video is not None and request.mouth is not None
     video = media.VideoSource(request.video)
-    _checked_box(request.mouth, video.height, video.width, "mouth box")
     notes = []
     if request.fps and request.fps != video.fps:
         notes.append(f"video {request.video} has {video.fps:g} frames a second, the result {request.fps:g}")
@@ -264,19 +273,16 @@ def _read_sound(
     """The whole recording at 16 kHz and as it was given, and how many frames are made of it."""
     from emv3_jax import media
 
-    audio = request.audio
-    if audio is None:
+    if request.audio is None:
         track = video.track()
         if track is None:
             raise UserError(f"video {video.path} has no sound: say what is to be spoken with a recording")
-        audio = media.resample(track[0].mean(axis=1), track[1], RATE)
-    elif isinstance(audio, str | os.PathLike):
-        track = media.load_track(audio)
-    if isinstance(audio, str | os.PathLike):
-        wave, more = media.load_audio(audio, RATE)
+        wave, more = media.check_wave(media.resample(track[0].mean(axis=1), track[1], RATE))
+    elif isinstance(request.audio, str | os.PathLike):
+        wave, more, track = media.load_recording(request.audio, RATE)
     else:
-        wave, more = media.check_wave(audio)
-        track = track if request.audio is None else (wave[:, None], RATE)
+        wave, more = media.check_wave(request.audio)
+        track = wave[:, None], RATE
     notes += more
     frames = request.frames or (frames_for(len(wave) / RATE) if video is None else _frames_of(video))
     if frames % 4 != 1 or frames < 5:

@@ -81,10 +81,13 @@ def from_config(section: Mapping[str, int]) -> Mesh | None:
     Raises:
       UserError: as `make_mesh`; an axis that there is not.
     """
-    unknown = sorted(set(section) - set(AXES))
+    settable = [axis for axis in AXES if axis != FSDP]
+    unknown = sorted(set(section) - set(settable))
     if unknown:
-        raise UserError(f"config key mesh: there is no axis {unknown[0]!r}; there are {', '.join(AXES)}")
-    count, given = jax.device_count(), {axis: size for axis, size in section.items() if axis != FSDP}
+        raise UserError(
+            f"config key mesh: {unknown[0]!r} is none of {', '.join(settable)} (and {FSDP} takes what they leave)"
+        )
+    count, given = jax.device_count(), dict(section)
     if count == 1 and max(given.values(), default=1) <= 1:
         return None
     others = math.prod(max(size, 1) for size in given.values())

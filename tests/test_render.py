@@ -1,6 +1,7 @@
 """Long videos, tasks and interruptions through the pipeline, on the tiny preset with random weights."""
 
 import dataclasses
+from pathlib import Path
 
 import av
 import jax
@@ -199,6 +200,28 @@ def test_lip_sync_changes_the_mouth_and_nothing_else(tiny_pipeline, filmed):
     dubbed = video(tiny_pipeline, dataclasses.replace(asked, audio=WAVE[RATE : RATE + 16000]))
     np.testing.assert_array_equal(dubbed[:, outside], source[:, outside])
     assert difference(made, dubbed) > 2
+
+
+@pytest.mark.parametrize(
+    ("mouth", "message"),
+    [
+        ((40, 40.3, 24, 60), "the mouth box .* is empty or outside the 96 x 96 image"),
+        ((40, 97, 24, 60), "the mouth box .* is empty or outside"),
+        ((float("nan"), 50, 24, 60), "the mouth box .* is empty or outside"),
+    ],
+)
+def test_a_mouth_that_cannot_be_is_told_before_any_work(tiny, filmed, mouth, message):
+    with pytest.raises(UserError, match=message):
+        read_request(Request(video=filmed, mouth=mouth, prompt=PROMPT, task="lipsync"), tiny)
+
+
+def test_a_damaged_video_is_told_before_any_work(tiny, filmed, tmp_path):
+    content = bytearray(Path(filmed).read_bytes())
+    middle = len(content) // 2
+    content[middle - 600 : middle + 600] = bytes(1200)
+    (tmp_path / "bad.mp4").write_bytes(content)
+    with pytest.raises(UserError, match="bad.mp4 is (not a video or is|cut off or) damaged"):
+        read_request(Request(video=tmp_path / "bad.mp4", mouth=(40, 72, 24, 60), prompt=PROMPT, task="lipsync"), tiny)
 
 
 def test_lip_sync_of_a_long_video(tiny_pipeline, filmed):

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from emv3_jax.config import PRESETS
 from emv3_jax.errors import UserError
 from emv3_jax.pipeline import expected_params
-from emv3_jax.sharding import AXES, make_mesh, param_shardings, spec_for
+from emv3_jax.sharding import AXES, from_config, make_mesh, param_shardings, spec_for
 
 
 def test_rules_by_hand():
@@ -87,6 +87,8 @@ def test_a_mesh_of_all_devices():
     assert make_mesh().shape == sizes
     with pytest.raises(UserError, match="devices cannot be divided into data 3"):
         make_mesh(data=3)
+    with pytest.raises(UserError, match="config key mesh: 'fsdp' is none of data, branch, context, tensor"):
+        from_config({"data": 1, "fsdp": 2})
 
 
 ATTENTION = """

@@ -130,10 +130,6 @@ class ModelVelocity:
         """Calls a method of the model."""
         return self.model.apply({"params": self.params}, *arguments, method=method)
 
-    def contexts(self, conditions: Any) -> Context:
-        """`stack_branches` of one Conditions per branch -> the contexts that `guide` takes, leaves [R, ...]."""
-        return jax.vmap(lambda one: self.apply("context", one))(conditions)
-
 
 @struct.dataclass
 class Guided:
@@ -165,10 +161,10 @@ class Guided:
 
     def advance(self, x: jax.Array, t: jax.Array, i: jax.Array | int, memory: Memory) -> tuple[jax.Array, Memory]:
         """Velocity [B, ...] of step i, and the memory for the next."""
-        predictions, memory = self.predictions(x, t, i, memory)
-        return self.combined(predictions, i), memory
+        predictions, memory = self._predictions(x, t, i, memory)
+        return combine(predictions, _at_step(self.text_scale, i), _at_step(self.audio_scale, i)), memory
 
-    def predictions(self, x: jax.Array, t: jax.Array, i: jax.Array | int, memory: Memory) -> tuple[jax.Array, Memory]:
+    def _predictions(self, x: jax.Array, t: jax.Array, i: jax.Array | int, memory: Memory) -> tuple[jax.Array, Memory]:
         """The branches' velocities [R, B, ...] before they are combined, and the memory for the next step."""
         contexts = self._at(i)
         if self.alone is None:
@@ -180,10 +176,6 @@ class Guided:
             return jnp.broadcast_to(last, (jax.tree.leaves(contexts)[0].shape[0], *last.shape[1:])), rest
 
         return jax.lax.cond(jnp.asarray(self.alone)[i], only_last, lambda: self._run(x, t, i, contexts, memory))
-
-    def combined(self, predictions: jax.Array, i: jax.Array | int) -> jax.Array:
-        """`combine` with the scales of step i."""
-        return combine(predictions, _at_step(self.text_scale, i), _at_step(self.audio_scale, i))
 
     def _at(self, i: jax.Array | int) -> Context:
         """The contexts of the branches at step i, leaves [R, ...]."""

@@ -115,7 +115,7 @@ class Store:
         return np.load(path) if path.exists() else None
 
     def write_memory(self, number: int, memory: Any) -> None:
-        """Keeps an array until the next step, or forgets what was there; an empty tree keeps nothing."""
+        """Keeps an array until it is written again; an empty tree keeps nothing."""
         if jax.tree.leaves(memory):
             with atomic_path(self.folder / f"memory_{number}.npy") as path:
                 np.save(path, np.asarray(memory))

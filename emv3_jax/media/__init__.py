@@ -1,7 +1,7 @@
 """Image, audio and video files in and out: everything a user hands over or receives passes here."""
 
 from emv3_jax.files import atomic_path, check_readable, check_writable
-from emv3_jax.media.audio import check_wave, load_audio, load_track, resample
+from emv3_jax.media.audio import check_wave, load_audio, load_recording, resample
 from emv3_jax.media.face_box import load_face_box
 from emv3_jax.media.face_detector import choose_face, detect_faces
 from emv3_jax.media.image import check_image, cut_and_scale, fit_image, load_image, to_uint8
@@ -24,7 +24,7 @@ __all__ = [
     "load_audio",
     "load_face_box",
     "load_image",
-    "load_track",
+    "load_recording",
     "read_video",
     "resample",
     "sheet_frames",

@@ -34,7 +34,15 @@ class Sound(NamedTuple):
 
 
 def load_audio(path: PathLike, rate: int = 16000, max_seconds: float | None = None) -> tuple[np.ndarray, list[str]]:
-    """Reads a recording: float32 [n] in [-1, 1], mono at `rate` Hz, and notes that say what was changed or looks odd.
+    """The first two that `load_recording` gives."""
+    return load_recording(path, rate, max_seconds)[:2]
+
+
+def load_recording(
+    path: PathLike, rate: int = 16000, max_seconds: float | None = None
+) -> tuple[np.ndarray, list[str], tuple[np.ndarray, int]]:
+    """Reads a recording: float32 [n] in [-1, 1], mono at `rate` Hz; notes that say what was changed or looks odd; and
+    the sound as it is to be heard, float32 [n, 1 or 2] in [-1, 1] with its own rate.
 
     WAV, FLAC, MP3, Ogg, and whatever FFmpeg decodes (M4A, WebM, the sound track of a video). Channels are averaged and
     the rate is converted with soxr. max_seconds: reads no more than that, and says so. A silent recording is allowed
@@ -61,18 +69,14 @@ def load_audio(path: PathLike, rate: int = 16000, max_seconds: float | None = No
     notes += [f"recording {path} {note}"] if note else []
     wave, note = _to_full_scale(wave)
     notes += [f"recording {path} {note}"] if note else []
-    return resample(wave, sound.rate, rate), notes
+    heard = at_most_stereo(samples)
+    heard = heard / max(1.0, float(np.abs(heard).max()))
+    return resample(wave, sound.rate, rate), notes, (heard, sound.rate)
 
 
-def load_track(path: PathLike) -> tuple[np.ndarray, int]:
-    """A recording as it is to be heard: float32 [n, 1 or 2] in [-1, 1], and its rate.
-
-    More than two channels are averaged; otherwise nothing is changed but what exceeds full scale. Raises UserError as
-    `load_audio`, which says what is odd about the file.
-    """
-    sound = _decode(check_readable(path, "recording"), None)
-    samples = sound.samples if sound.samples.shape[1] <= 2 else sound.samples.mean(axis=1, keepdims=True)
-    return samples / max(1.0, float(np.abs(samples).max(initial=0))), sound.rate
+def at_most_stereo(samples: np.ndarray) -> np.ndarray:
+    """[n, channels] -> [n, 1 or 2]: more than two channels are averaged."""
+    return samples if samples.shape[1] <= 2 else samples.mean(axis=1, keepdims=True)
 
 
 def check_wave(wave: np.ndarray) -> tuple[np.ndarray, list[str]]:

@@ -1,6 +1,7 @@
 """Video files: H.264 with AAC sound written frame by frame, and any video read back."""
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from fractions import Fraction
 from types import TracebackType
@@ -12,7 +13,7 @@ from PIL import Image
 
 from emv3_jax.errors import UserError
 from emv3_jax.files import PathLike, atomic_path, check_readable
-from emv3_jax.media.audio import Sound, decode_sound, open_media, resample
+from emv3_jax.media.audio import Sound, at_most_stereo, decode_sound, open_media, resample
 
 # Rates that AAC knows; sound at any other is converted to the last of them.
 LAYOUTS = {1: "mono", 2: "stereo"}
@@ -154,15 +155,16 @@ class VideoSource:
 
     def __init__(self, path: PathLike):
         self.path = check_readable(path, "video")
+        first, self.count = None, 0
         with self._open() as (container, stream):
             self.fps = float(stream.average_rate or stream.guessed_rate or 25)
-            self.count = sum(packet.size > 0 for packet in container.demux(stream))
-        with self._open() as (container, stream):
-            first = next(container.decode(stream), None)
-            if first is None:
-                raise UserError(f"video {path} holds no pictures")
-            self._start = first.time or 0.0
-            self.height, self.width = _upright(first).shape[:2]
+            for frame in container.decode(stream):  # all of it: what is damaged is told now, and not after hours
+                first = first or frame
+                self.count += 1
+        if first is None:
+            raise UserError(f"video {path} holds no pictures")
+        self._start = first.time or 0.0
+        self.height, self.width = _upright(first).shape[:2]
         self.seconds = self.count / self.fps
 
     def frames(self) -> Iterator[np.ndarray]:
@@ -183,6 +185,8 @@ class VideoSource:
         """The sound, float32 [n, 1 or 2] in [-1, 1] from the first frame to the last, and its rate; None if silent."""
         with self._open() as (container, _):
             sound = decode_sound(container, self.seconds + 1)  # the two tracks need not start together
+        if sound is not None and sound.broken:
+            raise UserError(f"the sound of video {self.path} is cut off or damaged: save or download it again")
         return None if sound is None else (_aligned(sound, self._start, self.seconds), sound.rate)
 
     @contextlib.contextmanager
@@ -200,55 +204,26 @@ class VideoSource:
 def read_video(
     path: PathLike, rate: int = 16000, max_seconds: float | None = None
 ) -> tuple[np.ndarray, float, np.ndarray | None]:
-    """Reads a video: frames uint8 [F, H, W, 3] upright, frames a second, and sound float32 [n] mono at `rate` or None.
+    """A whole video: frames uint8 [F, H, W, 3] upright, frames a second, and sound float32 [n] mono at `rate` or None.
 
-    The sound starts with the first frame and ends no later than the last. max_seconds: reads no more than that.
-    Raises UserError for a file that is not a video or is damaged.
+    The sound starts with the first frame and ends no later than the last. max_seconds: gives no more than that.
+    Raises UserError as `VideoSource`.
     """
-    path = check_readable(path, "video")
-    unusable = f"video {path} is not a video or is damaged: give an MP4, WebM or MOV file"
-    try:
-        with open_media(path) as container:
-            frames, fps, start = _decode_pictures(container, max_seconds)
-        with open_media(path) as container:
-            # A second more than the picture lasts: the two tracks need not start together.
-            sound = decode_sound(container, len(frames) / fps + 1)
-    except av.FFmpegError:
-        raise UserError(unusable) from None
-    if sound is not None and sound.broken:
-        raise UserError(unusable)
-    if not frames:
-        raise UserError(f"video {path} holds no pictures")
-    if sound is None:
-        return np.stack(frames), fps, None
-    wave = resample(_aligned(sound, start, len(frames) / fps).mean(axis=1), sound.rate, rate)
-    return np.stack(frames), fps, wave[: round(len(frames) / fps * rate)]
+    source = VideoSource(path)
+    limit = None if max_seconds is None else round(max_seconds * source.fps)
+    frames, track = np.stack(list(itertools.islice(source.frames(), limit))), source.track()
+    if track is None:
+        return frames, source.fps, None
+    wave = resample(track[0].mean(axis=1), track[1], rate)
+    return frames, source.fps, wave[: round(len(frames) / source.fps * rate)]
 
 
 def _aligned(sound: Sound, start: float, seconds: float) -> np.ndarray:
     """Samples [n, 1 or 2] that begin with the picture, at `start` seconds of the file, and end no later than it."""
-    samples = sound.samples if sound.samples.shape[1] <= 2 else sound.samples.mean(axis=1, keepdims=True)
+    samples = at_most_stereo(sound.samples)
     lead = round((sound.start - start) * sound.rate)  # samples by which the sound starts after the picture
     samples = np.pad(samples, ((lead, 0), (0, 0))) if lead > 0 else samples[-lead:]
     return np.clip(samples[: round(seconds * sound.rate)], -1.0, 1.0)
-
-
-def _decode_pictures(
-    container: av.container.InputContainer, max_seconds: float | None
-) -> tuple[list[np.ndarray], float, float]:
-    """Upright RGB frames, frames a second, and the time of the first frame in seconds."""
-    stream = next((s for s in container.streams.video if s.codec_context is not None), None)
-    if stream is None:
-        return [], 1.0, 0.0
-    fps = float(stream.average_rate or stream.guessed_rate or 25)
-    frames: list[np.ndarray] = []
-    start = 0.0
-    for frame in container.decode(stream):
-        if max_seconds is not None and len(frames) >= round(max_seconds * fps):
-            break
-        start = start if frames else frame.time or 0.0
-        frames.append(_upright(frame))
-    return frames, fps, start
 
 
 def _upright(frame: av.VideoFrame) -> np.ndarray:

@@ -21,9 +21,25 @@ def means(rows: list[dict[str, float]]) -> dict[str, float]:
     return {name: float((np.median if name == "offset" else np.mean)(some)) for name, some in values.items()}
 
 
-def _decode(pipeline: Pipeline, latents: jax.Array) -> np.ndarray:
+def decode(pipeline: Pipeline, latents: jax.Array) -> np.ndarray:
+    """Latents [B, T, h, w, 16] -> videos [B, F, H, W, 3] in [-1, 1]."""
     pieces = vae_model.decode_stream(pipeline.vae, pipeline.params["vae"], vae_model.frame_by_frame(latents))
     return np.concatenate([np.asarray(piece) for piece in pieces], axis=1)
+
+
+def inputs(
+    pipeline: Pipeline, batch: list[clips.Clip], task: str = "i2v", seed: int = 0
+) -> tuple[conditioning.Prepared, jax.Array, np.ndarray]:
+    """What `Pipeline.sample_latents` is given of clips of equal length; arguments as of `generate_batch`."""
+    preset, frames = pipeline.preset, len(batch[0].mouth)
+    videos = np.stack([np.asarray(clip.render(preset.height)) for clip in batch])
+    masks = np.stack([puppet_latents.task_mask(task, clip, preset.height, preset.width) for clip in batch])
+    rows = [
+        puppet_latents.describe(clip, task, preset, video, whole_face=True)
+        for clip, video in zip(batch, videos, strict=True)
+    ]
+    noise = np.concatenate([pipeline.noise(seed + i, frames) for i in range(len(batch))])
+    return conditioning.stack(rows), pipeline.given_latents(videos, masks), noise
 
 
 def generate_batch(
@@ -37,22 +53,12 @@ def generate_batch(
       task: a task that tells by itself what is given: i2v, t2v, flf2v or lipsync.
       seed: of the first clip's noise; the others have the ones that follow.
     """
-    preset, frames = pipeline.preset, len(batch[0].mouth)
-    videos = np.stack([np.asarray(clip.render(preset.height)) for clip in batch])
-    masks = np.stack([puppet_latents.task_mask(task, clip, preset.height, preset.width) for clip in batch])
-    rows = [
-        puppet_latents.describe(clip, task, preset, video, whole_face=True)
-        for clip, video in zip(batch, videos, strict=True)
-    ]
-    prepared = conditioning.stack(rows)
-    noise = np.concatenate([pipeline.noise(seed + i, frames) for i in range(len(batch))])
-    latents = pipeline.sample_latents(prepared, pipeline.given_latents(videos, masks), noise, options)
-    return _decode(pipeline, latents)
+    return decode(pipeline, pipeline.sample_latents(*inputs(pipeline, batch, task, seed), options))
 
 
 def through_codec(pipeline: Pipeline, videos: np.ndarray) -> np.ndarray:
     """Videos [B, F, H, W, 3] encoded and decoded: the ceiling of what the pipeline can show."""
-    return _decode(pipeline, pipeline.encode_video(pipeline.params["vae"], videos))
+    return decode(pipeline, pipeline.encode_video(pipeline.params["vae"], videos))
 
 
 def score(videos: np.ndarray, batch: list[clips.Clip]) -> list[dict[str, float]]:

@@ -56,7 +56,7 @@ class DiTRecipe:
         arrays = {name: values[picked] for name, values in self._clips.items()}
         # The VAE is causal: the first latents of a clip are those of a shorter clip. (Cut, FLF2V loses its given last
         # frame and is I2V; in batches of whole clips it is itself.)
-        latent_frames = (frames - 1) // self.preset.vae.temporal_factor + 1
+        latent_frames = self.preset.vae.latent_frames(frames)
         ends = {"latents": latent_frames, "given": latent_frames, "audio": 2 * frames}
         arrays = {k: v[:, : ends[k]] if k in ends else v for k, v in arrays.items()}
         arrays = {k: v.astype(np.float32) if v.dtype == np.float16 else v for k, v in arrays.items()}

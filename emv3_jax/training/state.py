@@ -1,6 +1,5 @@
 """What training carries from step to step, and the one update that changes it."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -102,17 +101,13 @@ def state_shardings(state: TrainState, mesh: jax.sharding.Mesh) -> TrainState:
 
 
 def place_batch(batch: Any, mesh: jax.sharding.Mesh | None) -> Any:
-    """A batch on the devices of a mesh, its samples divided over them as far as they divide evenly."""
+    """A batch on the devices of the mesh in use, its samples divided over them as far as they divide evenly."""
     if mesh is None:
         return batch
-    axes = [axis for axis in sharding.BATCH if mesh.shape[axis] > 1]
 
     def place(leaf: Any) -> jax.Array:
-        count = math.prod(mesh.shape[axis] for axis in axes)
-        spec = (
-            PartitionSpec(tuple(axes)) if axes and np.ndim(leaf) and np.shape(leaf)[0] % count == 0 else PartitionSpec()
-        )
-        return jax.device_put(leaf, NamedSharding(mesh, spec))
+        axes = sharding.batch_axes(np.shape(leaf)[0]) if np.ndim(leaf) else None
+        return jax.device_put(leaf, NamedSharding(mesh, PartitionSpec(axes)))
 
     return jax.tree.map(place, batch)
 
