@@ -3,11 +3,12 @@
 A mesh has the axes
     data     samples of a batch, or windows of a long video
     branch   guidance branches; its size is 1 or their number
-    fsdp     samples too, and parameters, optimizer and moving average, which are gathered where they are used
+    fsdp     samples too
     context  tokens of a sequence (`attention.self_attention`)
     tensor   heads, and the channels inside a layer
-Parameters follow one table of rules by name, the same for every model and for what an optimizer keeps of them: a rule
-says which dimension is divided along fsdp and which along tensor. Rules are strict: a parameter that no rule knows is
+Parameters, optimizer and moving average are divided along fsdp and context together, and gathered where they are used.
+They follow one table of rules by name, the same for every model and for what an optimizer keeps of them: a rule says
+which dimension is divided along those two and which along tensor. Rules are strict: a parameter that no rule knows is
 an error, so that a new kind of layer is thought about once. Models say how activations are divided with `divide`, which
 does nothing without a mesh (`jax.set_mesh`).
 """
@@ -26,9 +27,10 @@ from emv3_jax.errors import UserError
 DATA, BRANCH, FSDP, CONTEXT, TENSOR = "data", "branch", "fsdp", "context", "tensor"
 AXES = (DATA, BRANCH, FSDP, CONTEXT, TENSOR)
 BATCH = (DATA, FSDP)  # both divide samples
+PARAMETERS = (FSDP, CONTEXT)  # both divide parameters
 Axis = str | tuple[str, ...] | None
 
-# Last names of a parameter's path -> the dimensions that are divided along fsdp and tensor, counted from the end
+# Last names of a parameter's path -> the dimensions divided along PARAMETERS and along tensor, counted from the end
 # because layers may be stacked in front; None: not divided. The first rule that knows a parameter counts.
 RULES: tuple[tuple[str, int | None, int | None], ...] = (
     (r"(out|o|down|fc2|proj_out)/kernel", -1, -2),  # back to the residual stream: the inner channels come in
@@ -42,7 +44,8 @@ RULES: tuple[tuple[str, int | None, int | None], ...] = (
 def spec_for(path: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> PartitionSpec:
     """The division of one parameter over a mesh whose axes have some sizes.
 
-    What does not divide evenly is held whole by every device: JAX has no uneven shards.
+    What does not divide evenly along PARAMETERS is divided along fsdp alone, or else held whole by every device, since
+    JAX has no uneven shards.
 
     Raises:
       ValueError: no rule knows the parameter.
@@ -50,11 +53,15 @@ def spec_for(path: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> Par
     rule = next((rule for rule in RULES if re.fullmatch(rf"(.*/)?({rule[0]})", path)), None)
     if rule is None:
         raise ValueError(f"no sharding rule knows {path}: there must be one")
-    spec: list[str | None] = [None] * len(shape)
-    for axis, dimension in zip((FSDP, TENSOR), rule[1:], strict=True):
-        size = sizes.get(axis, 1)
-        if dimension is not None and -dimension <= len(shape) and size > 1 and shape[dimension] % size == 0:
-            spec[dimension] = axis
+    spec: list[Axis] = [None] * len(shape)
+    for choices, dimension in zip(((PARAMETERS, (FSDP,)), ((TENSOR,),)), rule[1:], strict=True):
+        if dimension is None or -dimension > len(shape):
+            continue
+        for axes in choices:
+            some = tuple(axis for axis in axes if sizes.get(axis, 1) > 1)
+            if some and shape[dimension] % math.prod(sizes[axis] for axis in some) == 0:
+                spec[dimension] = some[0] if len(some) == 1 else some
+                break
     return PartitionSpec(*spec) if any(spec) else PartitionSpec()
 
 

@@ -21,6 +21,9 @@ def test_rules_by_hand():
     assert spec_for("blocks/mlp/down/kernel", (30, 8960, 1536), sizes) == P(None, "tensor", "fsdp")
     assert spec_for("blocks/self_attention/out/kernel", (30, 1536, 1536), {"fsdp": 8}) == P(None, None, "fsdp")
     assert spec_for("patch_embedding/kernel", (1, 2, 2, 36, 1536), sizes) == P(None, None, None, None, "fsdp")
+    both = {"fsdp": 4, "context": 2}
+    assert spec_for("blocks/mlp/up/kernel", (30, 1536, 8960), both) == P(None, ("fsdp", "context"), None)
+    assert spec_for("head/kernel", (16, 12), both) == P(None, "fsdp")  # 12 divides by 4 and not by 8
     assert spec_for("embed/embedding", (256384, 4096), sizes) == P("fsdp", None)
     assert spec_for("blocks/mlp/up/bias", (30, 8960), sizes) == P()
     assert spec_for("head/kernel", (16, 3), sizes) == P()  # 3 does not divide by 8
