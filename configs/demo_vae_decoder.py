@@ -9,13 +9,13 @@ After configs/demo_vae.py and before configs/demo_dit.py, whose weights hold the
 import ml_collections
 
 from configs import demo_vae
-from emv3_jax.data import puppet_latents
+from emv3_jax.data.extract import VAE_ENCODER
 
 
 def get_config() -> ml_collections.ConfigDict:
     cfg = demo_vae.get_config()
     cfg.init_from = "runs/demo_vae/weights"
-    cfg.frozen = puppet_latents.ENCODER
+    cfg.frozen = VAE_ENCODER
     cfg.stages = ((800, ((25, 64, 2), (65, 64, 1))),)
     cfg.motion_gain = 1.0  # the mouths have been learnt; what counts now is every pixel alike
     cfg.l2_weight = 30.0

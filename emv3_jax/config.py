@@ -78,7 +78,7 @@ class DiTConfig:
     patch: tuple[int, int, int] = (1, 2, 2)
     rope_theta: float = 10000.0
     riflex: int = 0  # RIFLEx, for videos longer than trained: k, which temporal frequency is slowed down; 0 is off
-    remat: bool = False
+    remat: str = ""  # what the backward pass of a block finds in memory: a key of models.dit.REMAT, or all of it
     dtype: str = "float32"  # of the matmuls; parameters, norms, modulation and softmax stay float32
 
     @property

@@ -10,7 +10,7 @@ import functools
 import hashlib
 import pathlib
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -283,14 +283,30 @@ def load_pipeline(
     """
     if name not in PRESETS:
         raise UserError(f"there is no preset {name!r}: one of {', '.join(sorted(PRESETS))}")
-    preset, folder = preset or with_dtype(PRESETS[name], dtype), pathlib.Path(weights or WEIGHTS / name)
+    preset = preset or with_dtype(PRESETS[name], dtype)
     words = words or load_tokenizer(name, weights)
-    loaders = {
-        role: functools.partial(_load_model, locate(folder, role, name), like, mesh)
-        for role, like in expected_params(preset).items()
-    }
+    loaders = _loaders(preset, weights, mesh)
     params = LoadedWhenUsed(loaders) if low_memory else {role: load() for role, load in loaders.items()}
     return Pipeline(preset, params, words=words, mesh=mesh)
+
+
+def load_models(
+    preset: Preset, weights: str | pathlib.Path | None, roles: Iterable[str], mesh: jax.sharding.Mesh | None = None
+) -> Mapping[str, Any]:
+    """Some models of a preset by role ("dit", "text", "image", "vae", "speech"); other arguments, and errors, as of
+    `load_pipeline`. `dict` of the result reads them all; otherwise one is read whenever it is asked for."""
+    loaders = _loaders(preset, weights, mesh)
+    return LoadedWhenUsed({role: loaders[role] for role in roles})
+
+
+def _loaders(
+    preset: Preset, weights: str | pathlib.Path | None, mesh: jax.sharding.Mesh | None
+) -> dict[str, Callable[[], Any]]:
+    folder = pathlib.Path(weights or WEIGHTS / preset.name)
+    return {
+        role: functools.partial(_load_model, locate(folder, role, preset.name), like, mesh)
+        for role, like in expected_params(preset).items()
+    }
 
 
 class LoadedWhenUsed(Mapping[str, Any]):

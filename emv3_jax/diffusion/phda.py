@@ -7,6 +7,8 @@ Axes: B batch.
 """
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +16,16 @@ import jax.numpy as jnp
 from emv3_jax.diffusion.flow import T_MAX
 from emv3_jax.errors import UserError
 
-Bounds = tuple[float, float]  # B1 < B2, both in [0, 1000]
+MODALITIES = ("text", "image", "audio")
+# (B1, B2), B1 < B2, both in [0, 1000]; or (B1, B2, below, above): other weights than 0.5 below B1 and 1 above B2.
+Bounds = tuple[float, ...]
 
 
-def phda_weight(t: jax.Array, b1: jax.Array | float, b2: jax.Array | float) -> jax.Array:
-    """Weight in [0.5, 1] at t in [0, 1000]; t, b1 < b2 broadcast. Written m·t + b, with m = 0.5 / (b2 - b1)."""
-    return 0.5 + 0.5 * jnp.clip((t - b1) / (b2 - b1), 0.0, 1.0)
+def phda_weight(
+    t: jax.Array, b1: jax.Array | float, b2: jax.Array | float, below: float = 0.5, above: float = 1.0
+) -> jax.Array:
+    """Weight at t in [0, 1000]; t, b1 < b2 broadcast. Written m·t + b, with m = (above - below) / (b2 - b1)."""
+    return below + (above - below) * jnp.clip((t - b1) / (b2 - b1), 0.0, 1.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +33,9 @@ class PhDAConfig:
     """Boundaries (B1, B2) per modality; None is a constant 1. Call it with t [B] for the weights [B, 3].
 
     The paper names phases, not numbers. With the phases as thirds of [0, 1000], a weight is 1 throughout the phases
-    in which its modality matters and rises in the half phase before them. Raises UserError unless 0 <= B1 < B2 <= 1000.
+    in which its modality matters and rises in the half phase before them. Other weights than the paper's 0.5 and 1 are
+    for what it compares with: (B1, B2, 1.0, 0.0) leaves a modality out of the early phase. Raises UserError unless
+    0 <= B1 < B2 <= 1000 and weights are in [0, 1].
     """
 
     text: Bounds | None = None
@@ -36,9 +44,25 @@ class PhDAConfig:
     jitter: float = 100.0  # training: how far `sample` moves both boundaries of a modality, at most
 
     def __post_init__(self):
-        for name, bounds in zip(("text", "image", "audio"), self._bounds, strict=True):
-            if bounds is not None and not 0 <= bounds[0] < bounds[1] <= T_MAX:
+        for name, bounds in zip(MODALITIES, self._bounds, strict=True):
+            if bounds is None:
+                continue
+            if len(bounds) not in (2, 4) or not 0 <= bounds[0] < bounds[1] <= T_MAX:
                 raise UserError(f"PhDA boundaries of {name} are {bounds}; they must satisfy 0 <= B1 < B2 <= {T_MAX:g}")
+            if not all(0 <= weight <= 1 for weight in bounds[2:]):
+                raise UserError(f"PhDA weights of {name} are {bounds[2:]}; they must be from 0 to 1")
+
+    @classmethod
+    def from_config(cls, section: Mapping[str, Any]) -> "PhDAConfig":
+        """Of a config's section {text, image, audio: boundaries, or () for a constant 1; jitter}.
+
+        Raises:
+          UserError: as the class; a key that there is not.
+        """
+        if unknown := sorted(set(section) - {*MODALITIES, "jitter"}):
+            raise UserError(f"config key phda: {unknown[0]!r} is none of {', '.join(MODALITIES)}, jitter")
+        bounds = {name: tuple(section[name]) or None for name in MODALITIES if name in section}
+        return cls(**bounds, **({"jitter": float(section["jitter"])} if "jitter" in section else {}))
 
     @property
     def _bounds(self) -> tuple[Bounds | None, Bounds | None, Bounds | None]:

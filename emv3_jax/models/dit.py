@@ -101,6 +101,12 @@ class SelfAttention(nn.Module):
         out = self_attention(q, k, v.reshape(heads))
         return nn.Dense(cfg.width, dtype=cfg.dtype, name="out")(out.reshape(x.shape))
 
+# What is kept of a block for the backward pass; the rest is computed again.
+REMAT = {
+    "full": None,  # what goes into the block
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # and what comes out of its projections
+}
+
 
 class Block(nn.Module):
     """x += gate·SA(mod(LN x)); x += CDCA(LN x); x += gate·FFN(mod(LN x)). The residual stream is float32."""
@@ -150,7 +156,7 @@ class DiT(nn.Module):
 
     def setup(self):
         cfg = self.cfg
-        block = nn.remat(Block, prevent_cse=False) if cfg.remat else Block
+        block = nn.remat(Block, prevent_cse=False, policy=REMAT[cfg.remat]) if cfg.remat else Block
         layers = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "length": cfg.layers}
         shared = nn.broadcast
         self.blocks = nn.scan(block, in_axes=(0, shared, shared, shared), **layers)(cfg)
@@ -250,6 +256,17 @@ class DiT(nn.Module):
         patches = self.head(tokens, self._time(t)).reshape(-1, *grid, *cfg.patch, cfg.latent_channels)
         sides = (side * step for side, step in zip(grid, cfg.patch, strict=True))
         return jnp.einsum("BTHWpqrC->BTpHqWrC", patches).reshape(tokens.shape[0], *sides, cfg.latent_channels)
+
+
+def forward_flops(cfg: DiTConfig, tokens: int) -> float:
+    """Of the matmuls of one sample's forward, without the audio branch, which has a hundredth of them.
+
+    tokens: of its latents, (T·h·w) / 4.
+    """
+    context = cfg.text_len + cfg.image_tokens
+    projections = 2 * tokens * (6 * cfg.width**2 + 2 * cfg.width * cfg.ffn)  # self, cross, MLP
+    attention = 4 * tokens * cfg.width * (tokens + context)
+    return float(cfg.layers * (projections + attention + 4 * context * cfg.width**2))
 
 
 def zero_inputs(cfg: DiTConfig, latent_frames: int = 1) -> tuple[jax.Array, jax.Array, Conditions]:

@@ -6,10 +6,9 @@ import jax
 import numpy as np
 
 from emv3_jax import conditioning
-from emv3_jax.data import puppet_latents
 from emv3_jax.models import vae as vae_model
 from emv3_jax.pipeline import Pipeline, SamplingOptions
-from emv3_jax.puppets import clips, metrics
+from emv3_jax.puppets import clips, metrics, requests
 
 BATCH = 8
 
@@ -33,9 +32,9 @@ def inputs(
     """What `Pipeline.sample_latents` is given of clips of equal length; arguments as of `generate_batch`."""
     preset, frames = pipeline.preset, len(batch[0].mouth)
     videos = np.stack([np.asarray(clip.render(preset.height)) for clip in batch])
-    masks = np.stack([puppet_latents.task_mask(task, clip, preset.height, preset.width) for clip in batch])
+    masks = np.stack([requests.task_mask(task, clip, preset.height, preset.width) for clip in batch])
     rows = [
-        puppet_latents.describe(clip, task, preset, video, whole_face=True)
+        requests.describe(clip, task, preset, video, whole_face=True)
         for clip, video in zip(batch, videos, strict=True)
     ]
     noise = np.concatenate([pipeline.noise(seed + i, frames) for i in range(len(batch))])

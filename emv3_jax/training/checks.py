@@ -11,9 +11,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from emv3_jax.config import Preset
+from emv3_jax.data.examples import TRAINED_TASKS
+from emv3_jax.diffusion.phda import PhDAConfig
 from emv3_jax.errors import UserError
+from emv3_jax.models.dit import REMAT
 from emv3_jax.pipeline import SamplingOptions
 from emv3_jax.training import state as train_state
+from emv3_jax.training.losses import PREFERENCES
 
 Test = tuple[Callable[[Any], bool], str]
 CROP_FRAMES = 497  # the longest 4k + 1 that fits into the sentences that crops are cut from (clips.sample_crops)
@@ -81,21 +85,43 @@ RUN: dict[str, Test] = {
     "eval_clips": _whole(1),
     "motion_gain": NOT_NEGATIVE,
     "micro_batches": _whole(1),
+    "batches_ahead": _whole(0),
     "mesh": (lambda value: hasattr(value, "keys"), "a section"),
 }
 VAE: dict[str, Test] = {"picture": _whole(16), "l2_weight": NOT_NEGATIVE, "kl_weight": NOT_NEGATIVE}
+SECTION: Test = (lambda value: hasattr(value, "keys"), "a section")
+SWITCH: Test = (lambda value: isinstance(value, bool), "True or False")
+TASKS: Test = (
+    lambda value: _pairs(value) and all(_is_soup(soup) for _, soup in value),
+    f"((up to step, ((task, share above 0), ...)), ...) with rising steps and tasks of {', '.join(TRAINED_TASKS)}",
+)
 DIT: dict[str, Test] = {
-    "vae_weights": PATH,
-    "latents": PATH,
-    "clips": _whole(1),
-    "clip_frames": (lambda value: _frames(value) and value >= 5, "4k + 1 and at least 5"),
+    "data": TEXT,
+    "frozen_weights": TEXT,
+    "silent_audio": SWITCH,
+    "adapters": SECTION,
+    "tasks": TASKS,
+    "inter_task_ema": SWITCH,
+    "phda": SECTION,
+    "objective": _one_of("sft", *PREFERENCES),
+    "beta": POSITIVE,
+    "negatives": TEXT,
+    "issue": TEXT,
     "drop_both": SHARE,
     "drop_audio": SHARE,
     "shift": POSITIVE,
     "timesteps": _one_of("uniform", "logit_normal"),
     "eval_frames": (lambda value: _frames(value) and value >= EVAL_FRAMES, f"4k + 1 and at least {EVAL_FRAMES}"),
-    "sampling": (lambda value: hasattr(value, "keys"), "a section"),
+    "sampling": SECTION,
 }
+
+
+def _is_soup(soup: Any) -> bool:
+    """Whether it is ((task, share), ...)."""
+    return bool(soup) and all(
+        isinstance(pair, Sequence) and len(pair) == 2 and pair[0] in TRAINED_TASKS and POSITIVE[0](pair[1])
+        for pair in soup
+    )
 
 
 def run(cfg: Any) -> list[str]:
@@ -132,21 +158,32 @@ def dit(cfg: Any, preset: Preset) -> list[str]:
     """What is wrong with the keys of the DiT's recipe."""
     if wrong := table(cfg, DIT):
         return wrong
-    if not preset.vocabulary:
-        wrong.append(
-            f"config key preset: {preset.name} has no words for puppets, which this recipe trains on: give demo"
-        )
     if cfg.drop_both + cfg.drop_audio > 1:
         wrong.append(f"config keys drop_both and drop_audio exceed 1 together: {cfg.drop_both} and {cfg.drop_audio}")
     if cfg.eval_frames > preset.max_frames:
         wrong.append(f"config key eval_frames must be at most {preset.max_frames}, got {cfg.eval_frames}")
-    try:
-        SamplingOptions(**cfg.sampling)
-    except (UserError, TypeError) as error:
-        wrong.append(f"config key sampling: {error}")
-    words = f"frames of 4k + 1 up to clip_frames ({cfg.clip_frames}), and no more than clips ({cfg.clips}) at once"
-    fits = lambda kind: _frames(kind[0]) and kind[0] <= cfg.clip_frames and kind[1] <= cfg.clips  # noqa: E731
-    return wrong + stages(cfg, "(first frames of a clip, clips)", fits, words)
+    if cfg.silent_audio and not cfg.init_from:
+        wrong.append("config key silent_audio starts from base weights: name their folder with init_from")
+    if cfg.adapters:
+        wrong += [f"{line} (section adapters)" for line in table(cfg.adapters, ADAPTERS)]
+        if not cfg.init_from:
+            wrong.append("config key adapters trains beside weights: name their folder with init_from")
+    if cfg.objective == "sft" and not cfg.data:
+        wrong.append("config key data must be the folder of a dataset (python -m emv3_jax.data.prepare)")
+    if cfg.objective != "sft":
+        wrong += [f"config key {key} is needed for {cfg.objective}" for key in ("negatives", "init_from") if not cfg[key]]
+    if preset.dit.remat and preset.dit.remat not in REMAT:
+        wrong.append(f"config key model.remat must be one of {', '.join(REMAT)}, or empty, got {preset.dit.remat!r}")
+    for section, read in (("sampling", lambda s: SamplingOptions(**s)), ("phda", PhDAConfig.from_config)):
+        try:
+            read(cfg[section])
+        except (UserError, TypeError) as error:
+            wrong.append(f"config key {section}: {error}")
+    words = "frames of 4k + 1 of at least 5, and how many clips"
+    return wrong + stages(cfg, "(first frames of a clip, clips)", lambda kind: _frames(kind[0]) and kind[0] >= 5, words)
+
+
+ADAPTERS: dict[str, Test] = {"rank": _whole(1), "scale": POSITIVE, "on": PATH}
 
 
 def table(cfg: Any, tests: dict[str, Test]) -> list[str]:

@@ -1,109 +1,267 @@
-"""Trains the DiT, with its text and image encoders, on puppets: flow matching over the soup of tasks."""
+"""Trains the DiT: flow matching over the soup of tasks, or preferences against a reference (Negative DPO, paired DPO).
 
-import dataclasses
+What differs between recipes stands in their configs: where weights come from, what is trained (all of it, or adapters),
+on which tasks when, with which modality weights, and by which objective.
+"""
+
+import collections
 import functools
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from emv3_jax import checkpoint, conditioning
+from emv3_jax import checkpoint, conditioning, pipeline
 from emv3_jax.config import Preset
-from emv3_jax.data import puppet_latents
+from emv3_jax.data import examples
+from emv3_jax.data.dataset import Dataset, Plan
+from emv3_jax.data.extract import encoder_hash
 from emv3_jax.diffusion import flow
 from emv3_jax.diffusion.phda import PhDAConfig
-from emv3_jax.models.dit import DiT
-from emv3_jax.pipeline import Pipeline, SamplingOptions, expected_params, init_params
+from emv3_jax.errors import UserError
+from emv3_jax.models import dit
+from emv3_jax.models.dit import Conditions, DiT
+from emv3_jax.options import SamplingOptions
 from emv3_jax.puppets import clips, evaluation
-from emv3_jax.training import losses, pictures
-from emv3_jax.training.stages import kind_of_batch
+from emv3_jax.training import adapters, losses, pictures, schedule, starts
+from emv3_jax.training.losses import Mean
 
-TRAINED = ("dit", "text", "image")
+SFT = "sft"
+BANDS = {"early": (2 / 3, 1.01), "middle": (1 / 3, 2 / 3), "late": (-0.01, 1 / 3)}  # phases of t / 1000
+
+
+def trained_models(preset: Preset) -> tuple[str, ...]:
+    """The models that a preset's transformer is trained with: its encoders too, where they are small."""
+    return ("dit", "text", "image") if examples.encoders_trained(preset) else ("dit",)
 
 
 class DiTRecipe:
-    """See training.loop.Recipe. Trains the models named TRAINED; the VAE comes from `cfg.vae_weights`."""
+    """See training.loop.Recipe. Other models than those of `trained_models` come from `cfg.frozen_weights`."""
 
     def __init__(self, cfg: Any, preset: Preset):
         self.cfg, self.preset = cfg, preset
-        self.dit, self.phda = DiT(preset.dit), PhDAConfig()
-        self.vae_params = checkpoint.load_params(pathlib.Path(cfg.vae_weights), expected_params(preset)["vae"])
+        self.dit, self.trained = DiT(preset.dit), trained_models(preset)
+        self.phda = PhDAConfig.from_config(cfg.phda) if cfg.phda else None
+
+    @property
+    def frozen(self) -> Mapping[str, Any]:
+        """The models that are not trained, read when they are used and not kept."""
+        roles = [role for role in pipeline.expected_params(self.preset) if role not in self.trained]
+        return pipeline.load_models(self.preset, self.cfg.frozen_weights, roles)
 
     @functools.cached_property
-    def _clips(self) -> dict[str, np.ndarray]:
-        """Training arrays, extracted on first use."""
-        folder = pathlib.Path(self.cfg.latents)
-        return puppet_latents.load(folder, self.preset, self.vae_params, "train", self.cfg.clips, self.cfg.clip_frames)
+    def words(self) -> Any:
+        """The tokenizer."""
+        return pipeline.load_tokenizer(self.preset.name, self.cfg.frozen_weights)
 
-    def init(self) -> Any:
-        if self.cfg.init_from:
-            like = expected_params(self.preset)
-            return checkpoint.load_models(self.cfg.init_from, {name: like[name] for name in TRAINED})
+    # Parameters.
+
+    def start(self) -> dict[str, Any]:
+        """The trained models' weights at step 0, before adapters."""
+        cfg = self.cfg
+        if cfg.init_from and not cfg.silent_audio:
+            return dict(pipeline.load_models(self.preset, cfg.init_from, self.trained))
 
         @jax.jit
         def fresh(key: jax.Array) -> Any:
-            params = init_params(self.preset, key)
-            return {name: params[name] for name in TRAINED}
+            params = pipeline.init_params(self.preset, key)
+            return {name: params[name] for name in self.trained}
 
-        return fresh(jax.random.key(self.cfg.seed))
+        made = fresh(jax.random.key(cfg.seed))
+        if cfg.silent_audio:
+            made["dit"] = starts.on_base(made["dit"], pathlib.Path(cfg.init_from))
+        return made
 
-    def batch(self, step: int) -> dict[str, Any]:
+    def init(self) -> Any:
+        """What is trained: the models, or adapters of the transformer."""
+        if not self.cfg.adapters:
+            return self.start()
+        shapes = pipeline.expected_params(self.preset)["dit"]
+        key = jax.random.fold_in(jax.random.key(self.cfg.seed), 1)
+        return adapters.init(key, shapes, self.cfg.adapters.rank, self.cfg.adapters.on)
+
+    def constants(self) -> dict[str, Any]:
+        """What the loss needs and does not change: the weights under adapters, the reference of a preference."""
+        kept = {"base": self.start()} if self.cfg.adapters else {}
+        if self.cfg.objective != SFT:
+            kept["reference"] = dict(pipeline.load_models(self.preset, self.cfg.init_from, self.trained))
+        return kept
+
+    def weights(self, params: Any, constants: Any) -> dict[str, Any]:
+        """The models as they are with what has been trained."""
+        if not self.cfg.adapters:
+            return params
+        scale = self.cfg.adapters.scale / self.cfg.adapters.rank
+        return {**constants["base"], "dit": adapters.merged(constants["base"]["dit"], params, scale)}
+
+    # Batches.
+
+    @functools.cached_property
+    def _data(self) -> Dataset:
+        data = Dataset(self.cfg.data, self.preset)
+        if data.record["vae"] != encoder_hash(self.frozen["vae"]):
+            raise UserError(
+                f"the dataset {self.cfg.data} was made with another VAE than that of {self.cfg.frozen_weights}: make it"
+                " again, or give that VAE"
+            )
+        return data
+
+    @functools.cached_property
+    def _plan(self) -> Plan:
+        return Plan(self._data.buckets, self.cfg.stages, self.cfg.steps, self.cfg.seed)
+
+    @functools.cached_property
+    def _negatives(self) -> Any:
+        from emv3_jax.training import negatives
+
+        return negatives.Negatives(self.cfg.negatives, self.cfg.issue)
+
+    def batch_size(self, step: int) -> int:
+        """Samples of a step's batch."""
+        size = schedule.kind_of_batch(self.cfg.stages, step)[1]
+        return 2 * size if self.cfg.objective == "dpo" else size
+
+    def ids(self, step: int) -> list[str]:
+        """What the clips of a step's batch are called."""
+        if self.cfg.objective != SFT:
+            return self._negatives.ids(self.cfg.seed, step, schedule.kind_of_batch(self.cfg.stages, step)[1])
+        return [self._data.id(number) for number in self._plan.batch(step)[1]]
+
+    def batch(self, step: int, rows: np.ndarray | None = None) -> dict[str, Any]:
+        """A step's batch, or some rows of it."""
         cfg = self.cfg
-        frames, size = kind_of_batch(cfg.stages, step)
-        picked = np.random.default_rng([cfg.seed, step]).choice(cfg.clips, size=size, replace=False)
-        arrays = {name: values[picked] for name, values in self._clips.items()}
-        # The VAE is causal: the first latents of a clip are those of a shorter clip. (Cut, FLF2V loses its given last
-        # frame and is I2V; in batches of whole clips it is itself.)
-        latent_frames = self.preset.vae.latent_frames(frames)
-        ends = {"latents": latent_frames, "given": latent_frames, "audio": 2 * frames}
-        arrays = {k: v[:, : ends[k]] if k in ends else v for k, v in arrays.items()}
-        arrays = {k: v.astype(np.float32) if v.dtype == np.float16 else v for k, v in arrays.items()}
-        names = conditioning.Prepared.__dataclass_fields__
-        prepared = conditioning.Prepared(**{name: arrays[name] for name in names})
-        return {"latents": arrays["latents"], "given": arrays["given"], "prepared": prepared}
+        if cfg.objective != SFT:
+            frames, size = schedule.kind_of_batch(cfg.stages, step)
+            some, names = self._negatives.examples(cfg.seed, step, size, paired=cfg.objective == "dpo")
+        else:
+            frames, numbers = self._plan.batch(step)
+            names = schedule.tasks_of_batch(cfg.tasks, step, len(numbers), cfg.seed)
+            if rows is not None:
+                numbers, names = numbers[rows], [names[row] for row in rows]
+            return examples.batch(self._data.examples(numbers), names, frames, self.preset)
+        if rows is not None:
+            some, names = [some[row] for row in rows], [names[row] for row in rows]
+        return examples.batch(some, names, frames, self.preset)
 
-    def _dropped(self, prepared: conditioning.Prepared, key: jax.Array) -> conditioning.Prepared:
-        """Some samples lose their voice, some their prompt too: just the branches that guidance compares."""
-        drawn = jax.random.uniform(key, (prepared.ids.shape[0], 1))
-        no_text = drawn < self.cfg.drop_both
-        no_audio = (drawn < self.cfg.drop_both + self.cfg.drop_audio)[..., None]
-        ids, mask = conditioning.tokenizer(self.preset).encode([""])
-        return dataclasses.replace(
-            prepared,
-            ids=jnp.where(no_text, ids, prepared.ids),
-            text_mask=jnp.where(no_text, mask, prepared.text_mask),
-            audio=jnp.where(no_audio, 0.0, prepared.audio),
-        )
+    # The loss.
 
-    def loss(self, params: Any, batch: dict[str, Any], key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        drop_key, time_key, noise_key, phda_key = jax.random.split(key, 4)
+    def conditions(self, weights: Any, batch: dict[str, Any], key: jax.Array | None = None) -> Conditions:
+        """What the transformer is conditioned on. With a key some samples lose their voice, some their prompt too: just
+        the branches that guidance compares."""
+        audio, cfg, size = batch["audio"], self.cfg, batch["task"].shape[0]
+        no_text = jnp.zeros((size, 1), bool)
+        if key is not None:
+            drawn = jax.random.uniform(key, (size, 1))
+            no_text = drawn < cfg.drop_both
+            no_audio = (drawn < cfg.drop_both + cfg.drop_audio)[:, 0]
+            audio = jnp.where(no_audio.reshape(-1, *(1,) * (audio.ndim - 1)), 0.0, audio)
+        if examples.encoders_trained(self.preset):
+            ids, mask = conditioning.tokenizer(self.preset).encode([""])
+            text = conditioning.encode_text(
+                weights, self.preset,
+                jnp.where(no_text, ids, batch["ids"]), jnp.where(no_text, mask, batch["text_mask"]),
+            )  # fmt: skip
+            image = conditioning.encode_image(weights, self.preset, batch["image"], batch["has_image"])
+        else:
+            text = jnp.where(no_text[..., None], self._null_text, batch["text"])
+            image = batch["image"] * batch["has_image"][:, None, None]
+        return Conditions(batch["given"], text, image, audio, batch["face_mask"], jnp.ones(size))
+
+    @functools.cached_property
+    def _null_text(self) -> np.ndarray:
+        """States of the empty prompt [1, text_len, text_width]."""
+        path = pathlib.Path(self.cfg.data) / examples.NULL_TEXT
+        states = np.zeros((1, self.preset.dit.text_len, self.preset.dit.text_width), np.float32)
+        found = np.load(path)
+        states[0, : len(found)] = found
+        return states
+
+    def loss(self, params: Any, constants: Any, batch: dict[str, Any], key: jax.Array) -> tuple[jax.Array, dict]:
+        """See LossFn. Errors of a preference and of its reference are of the same noise at the same times."""
+        cfg = self.cfg
+        keys = dict(zip(("drop", "time", "noise", "phda"), jax.random.split(key, 4), strict=True))
+        if cfg.objective == SFT:
+            errors, plain, t = self._errors(self.weights(params, constants), batch, keys, drop=True)
+            return jnp.mean(errors), self._metrics(plain, t, batch["task"])
+        errors, plain, t = self._errors(self.weights(params, constants), batch, keys, drop=False)
+        reference = jax.lax.stop_gradient(self._errors(constants["reference"], batch, keys, drop=False)[0])
+        loss = losses.PREFERENCES[cfg.objective](errors, reference, cfg.beta)
+        ahead = Mean(jnp.sum(errors - reference), jnp.asarray(errors.shape[0], jnp.float32))
+        return loss, {"error_over_reference": ahead, **self._metrics(plain, t, batch["task"])}
+
+    def _errors(
+        self, weights: Any, batch: dict[str, Any], keys: dict[str, jax.Array], drop: bool
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Errors of the velocity of each sample, weighted and plain, and the times they are of."""
         x0 = batch["latents"]
-        cond = conditioning.encode(params, self.preset, self._dropped(batch["prepared"], drop_key), batch["given"])
-        t = flow.sample_timesteps(time_key, x0.shape[0], self.cfg.shift, self.cfg.timesteps)
-        noise = jax.random.normal(noise_key, x0.shape)
-        weights = self.phda.sample(phda_key, t)
+        count = x0.shape[0] // 2 if self.cfg.objective == "dpo" else x0.shape[0]
+        t = flow.sample_timesteps(keys["time"], count, self.cfg.shift, self.cfg.timesteps)
+        noise = jax.random.normal(keys["noise"], (count, *x0.shape[1:]))
+        modal = None if self.phda is None else self.phda.sample(keys["phda"], t)
+        t, noise, modal = jax.tree.map(lambda x: jnp.tile(x, (x0.shape[0] // count, *(1,) * (x.ndim - 1))),
+                                       (t, noise, modal))  # fmt: skip
+        cond = self.conditions(weights, batch, keys["drop"] if drop else None)
         velocity = jnp.asarray(
-            self.dit.apply({"params": params["dit"]}, flow.add_noise(x0, noise, t), t, cond, weights)
+            self.dit.apply({"params": weights["dit"]}, flow.add_noise(x0, noise, t), t, cond, modal)
         )
-        loss = losses.flow_matching(velocity, x0, noise, self.cfg.motion_gain)
-        squared = jnp.mean(jnp.square(velocity - flow.velocity_target(x0, noise)), axis=(1, 2, 3, 4))
-        early = t > 0.5 * flow.T_MAX
-        share = lambda mask: jnp.sum(squared * mask) / jnp.maximum(jnp.sum(mask), 1.0)  # noqa: E731
-        return loss, {"mse": jnp.mean(squared), "mse_early": share(early), "mse_late": share(~early)}
+        plain = losses.velocity_errors(velocity, x0, noise)
+        return losses.velocity_errors(velocity, x0, noise, self.cfg.motion_gain), plain, t
 
-    def evaluate(self, params: Any) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-        """Held-out puppets, generated and scored."""
-        pipeline = Pipeline(self.preset, {**params, "vae": self.vae_params})
-        options = SamplingOptions(**self.cfg.sampling)
-        held_out = [clips.make_clip("heldout", i, self.cfg.eval_frames) for i in range(self.cfg.eval_clips)]
-        make = functools.partial(evaluation.generate_batch, pipeline, options)
+    def _metrics(self, errors: jax.Array, t: jax.Array, task: jax.Array) -> dict[str, Mean]:
+        sigma = t / flow.T_MAX
+        bands = {f"mse_{name}": (low <= sigma) & (sigma < high) for name, (low, high) in BANDS.items()}
+        names = {f"mse_{name}": task == i for i, name in enumerate(examples.TRAINED_TASKS)}
+        everything = {"mse": jnp.ones_like(errors, bool)}
+        return {name: losses.mean_where(errors, where) for name, where in {**everything, **bands, **names}.items()}
+
+    # What is seen and written.
+
+    def pipeline(self, weights: Any) -> pipeline.Pipeline:
+        """The pipeline with the trained models."""
+        return pipeline.Pipeline(self.preset, collections.ChainMap(weights, self.frozen), self.phda, self.words)
+
+    def evaluate(self, params: Any, constants: Any) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+        """Held-out puppets, generated and scored; for presets that know no puppets, a clip of the dataset, generated."""
+        cfg, weights = self.cfg, self.weights(params, constants)
+        pipe, options = self.pipeline(weights), SamplingOptions(**cfg.sampling)
+        if not examples.encoders_trained(self.preset):
+            return {}, {"made": self._generate(pipe, options)}
+        held_out = [clips.make_clip("heldout", i, cfg.eval_frames) for i in range(cfg.eval_clips)]
+        make = functools.partial(evaluation.generate_batch, pipe, options)
         rows, videos = evaluation.in_batches(lambda some, first: make(some, seed=first), held_out, keep=4)
         true = [np.asarray(clip.render(self.preset.height)) for clip in held_out[:4]]
         strip = pictures.film_strip([video for pair in zip(true, videos, strict=False) for video in pair])
-        return {f"heldout_{name}": value for name, value in evaluation.means(rows).items()}, {"true_and_made": strip}
+        seen = {"true_and_made": strip, "made": pictures.side_by_side(videos)}
+        return {f"heldout_{name}": value for name, value in evaluation.means(rows).items()}, seen
 
-    def export(self, params: Any, folder: pathlib.Path) -> None:
-        """The whole pipeline's weights, the VAE's included, in the form that the package ships."""
-        checkpoint.save_models(folder, {**params, "vae": self.vae_params}, self.cfg.export_dtype)
+    def _generate(self, pipe: pipeline.Pipeline, options: SamplingOptions) -> np.ndarray:
+        """The first clip of the dataset, made again from its first frame, sound and caption: [F, H, W, 3] uint8."""
+        example = self._data.examples([0])[0]
+        request = pipeline.Request(
+            image=example["image"], audio=example["wave"].astype(np.float32) / 32767,
+            prompt=examples.text_of(example["caption"]),
+            frames=self.preset.vae.video_frames(len(example["latents"])),
+        )  # fmt: skip
+        return np.asarray(pipe.generate(request, options).frames)
+
+    def export(self, params: Any, constants: Any, folder: pathlib.Path) -> None:
+        """The trained models' weights, adapters merged and beside them; for a preset that is shipped whole, all models."""
+        weights = self.weights(params, constants)
+        if self.cfg.adapters:
+            scale = np.float32(self.cfg.adapters.scale / self.cfg.adapters.rank)
+            tree = {"scale": scale, "adapters": params}
+            checkpoint.save_params(folder / "adapters" / "dit.safetensors", tree, self.cfg.export_dtype)
+        if examples.encoders_trained(self.preset):
+            weights = {**weights, **dict(self.frozen)}
+        checkpoint.save_models(folder, weights, self.cfg.export_dtype)
+
+    def work(self, batch: dict[str, Any]) -> tuple[int, float]:
+        """Tokens of a batch, and FLOPs of a step on it: forward, backward and, for remat, forward again; a preference
+        looks at its reference too."""
+        samples, *grid, _ = batch["latents"].shape
+        tokens = int(np.prod(grid)) // int(np.prod(self.preset.dit.patch))
+        passes = 3 + bool(self.preset.dit.remat) + (self.cfg.objective != SFT)
+        return samples * tokens, passes * samples * dit.forward_flops(self.preset.dit, tokens)

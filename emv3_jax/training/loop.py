@@ -2,12 +2,13 @@
 
 import collections
 import contextlib
+import dataclasses
 import pathlib
 import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import jax
@@ -15,9 +16,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from emv3_jax import sharding
+from emv3_jax.data import batches
 from emv3_jax.errors import UserError
 from emv3_jax.files import check_writable
+from emv3_jax.training import distributed, schedule
 from emv3_jax.training import state as train_state
+from emv3_jax.training.losses import Mean
 from emv3_jax.training.run_log import RunLog
 from emv3_jax.training.state import TrainState
 
@@ -28,27 +32,44 @@ class Recipe(Protocol):
     def init(self) -> Any:
         """The parameters at step 0."""
 
-    def loss(self, params: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def constants(self) -> Any:
+        """Parameters that the loss needs and that do not change."""
+
+    def loss(self, params: Any, constants: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
         """Loss and metrics of a batch; pure."""
 
-    def batch(self, step: int) -> Any:
-        """The batch of a step: a function of the step alone, so that a resumed run sees what it would have seen."""
+    def batch_size(self, step: int) -> int:
+        """Samples of a step's batch."""
 
-    def evaluate(self, params: Any) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-        """Scores on held-out data, and pictures [H, W, 3] uint8."""
+    def batch(self, step: int, rows: np.ndarray | None = None) -> Any:
+        """The batch of a step, or some rows of it: a function of the step alone, so that a resumed run sees what it would
+        have seen."""
 
-    def export(self, params: Any, folder: pathlib.Path) -> None:
+    def ids(self, step: int) -> list[str]:
+        """What the samples of a step's batch are called."""
+
+    def work(self, batch: Any) -> tuple[int, float]:
+        """Tokens of a batch and FLOPs of a step on it; 0 where they are not known."""
+
+    def evaluate(self, params: Any, constants: Any) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+        """Scores on held-out data, and pictures [H, W, 3] or videos [F, H, W, 3] uint8."""
+
+    def export(self, params: Any, constants: Any, folder: pathlib.Path) -> None:
         """Writes the weights in the form that the package ships."""
 
 
 def train(recipe: Recipe, cfg: Any, workdir: pathlib.Path) -> int:
     """Trains until cfg.steps, resuming from the newest checkpoint in `workdir`.
 
+    Several processes (`jax.distributed`) run it side by side, each on the rows of a batch that its devices hold; the
+    first one speaks and writes.
+
     Args:
       recipe: what is trained.
       cfg: optimizer settings (state.make_optimizer) and steps, seed, ema_decay, log_every, eval_every,
-        checkpoint_every, mesh (sharding.from_config), micro_batches, minutes (stop after so long, 0: never), bad_steps
-        (stop after so many non-finite steps); of values that checks.run has nothing against.
+        checkpoint_every, mesh (sharding.from_config), micro_batches, batches_ahead (made before they are needed), minutes
+        (stop after so long, 0: never), bad_steps (stop after so many non-finite steps); of values that checks.run has
+        nothing against.
       workdir: checkpoints, metrics.jsonl, TensorBoard events and the exported `weights/`.
     Returns:
       The signal (SIGTERM, SIGINT) that stopped the run before its time, or 0. A stopped run has saved its last step.
@@ -64,26 +85,47 @@ def train(recipe: Recipe, cfg: Any, workdir: pathlib.Path) -> int:
     check_writable(workdir / "metrics.jsonl")
     optimizer = train_state.make_optimizer(cfg)
     mesh = sharding.from_config(cfg.mesh)
-    state = train_state.init_state(recipe.init(), optimizer)
-    shardings = None if mesh is None else train_state.state_shardings(state, mesh)
-    state = state if shardings is None else jax.device_put(state, shardings)
+    state, shardings = _start(recipe, optimizer, cfg.seed, mesh)
+    constants = recipe.constants()
+    if mesh is not None:
+        constants = jax.device_put(constants, train_state.tree_shardings(constants, mesh))
+    restarts = schedule.joins(cfg.tasks, cfg.steps) if cfg.get("inter_task_ema") else ()
+    update = train_state.make_update(recipe.loss, optimizer, cfg.ema_decay, cfg.micro_batches, restarts)
     options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
     handler = ocp.StandardCheckpointHandler()
     with ocp.CheckpointManager(workdir / "checkpoints", options=options, item_handlers=handler) as checkpoints:
         state = _resume(checkpoints, state, workdir)
-        step_fn = train_state.make_step(recipe.loss, optimizer, cfg.ema_decay, cfg.seed, cfg.micro_batches, shardings)
         first = int(state.step)
-        log = RunLog(workdir, first)
+        log = RunLog(workdir if jax.process_index() == 0 else None, first)
+        run = _Run(recipe, cfg, constants, train_state.make_step(update, shardings), checkpoints, log, mesh)
         try:
-            with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-                state, stopped = _crank(recipe, cfg, state, step_fn, checkpoints, log, mesh)
+            state, stopped = run.crank(state)
         finally:
             log.close()
     if stopped and int(state.step) == first:
         return stopped
-    recipe.export(jax.device_get(state.ema), workdir / "weights")
-    print(f"weights (moving average) at step {int(state.step)}: {workdir / 'weights'}", flush=True)
+    average, kept = distributed.to_host(state.ema), distributed.to_host(constants)
+    if jax.process_index() == 0:
+        recipe.export(average, kept, workdir / "weights")
+    say(f"weights (moving average) at step {int(state.step)}: {workdir / 'weights'}")
     return stopped
+
+
+def _start(recipe: Recipe, optimizer: Any, seed: int, mesh: jax.sharding.Mesh | None) -> tuple[TrainState, Any]:
+    """The state at step 0 where it belongs, and its shardings; None on one device."""
+    params = recipe.init()
+    if mesh is None:
+        return train_state.init_state(params, optimizer, seed), None
+    params = jax.device_put(params, train_state.tree_shardings(params, mesh))  # no device holds more than its part
+    make = lambda some: train_state.init_state(some, optimizer, seed)  # noqa: E731
+    shardings = train_state.tree_shardings(jax.eval_shape(make, params), mesh)
+    return jax.jit(make, out_shardings=shardings)(params), shardings
+
+
+def say(line: str) -> None:
+    """Prints a line, of one process of many."""
+    if jax.process_index() == 0:
+        print(line, flush=True)
 
 
 def _resume(checkpoints: ocp.CheckpointManager, state: TrainState, workdir: pathlib.Path) -> TrainState:
@@ -107,9 +149,9 @@ def _resume(checkpoints: ocp.CheckpointManager, state: TrainState, workdir: path
             aside = workdir / f"damaged_checkpoint_{bad}"
             shutil.rmtree(aside, ignore_errors=True)
             (workdir / "checkpoints" / str(bad)).rename(aside)
-            print(f"the checkpoint of step {bad} is damaged and was moved to {aside}", flush=True)
+            say(f"the checkpoint of step {bad} is damaged and was moved to {aside}")
         checkpoints.reload()
-        print(f"resumed from step {step} in {workdir}", flush=True)
+        say(f"resumed from step {step} in {workdir}")
         return restored
     if damaged:
         newest = damaged[max(damaged)]
@@ -137,41 +179,78 @@ def _differences(saved: Any, state: Any) -> list[str]:
     ]
 
 
-def _crank(recipe, cfg, state, step_fn, checkpoints, log, mesh) -> tuple[TrainState, int]:
-    """The loop of `train`: the last state, in a checkpoint if a step was taken, and the signal that ended it, or 0."""
-    first, started = int(state.step), time.monotonic()
-    step = first  # the last one that was taken; state.step would have to be waited for
-    report, watch = _Report(cfg.steps, log), _Watch(cfg.bad_steps)
-    with _Signals() as signals:
-        while True:
-            out_of_time = cfg.minutes and time.monotonic() - started > 60 * cfg.minutes
-            done = step >= cfg.steps or signals.received or out_of_time
-            if step > first and (done or step % cfg.checkpoint_every == 0):
-                watch.look()  # saving waits for the steps anyway
-                if checkpoints.latest_step() != step:
-                    checkpoints.save(step, args=ocp.args.StandardSave(state))
-            if done:
-                break
-            batch = signals.break_off(recipe.batch, step + 1)
-            if signals.received:
-                continue
-            state, metrics = step_fn(state, train_state.place_batch(batch, mesh))
-            step += 1
-            watch.add(step, metrics["finite"])
-            if step % cfg.log_every == 0 or step == first + 1:
-                report.add(step, metrics)
-            if step % cfg.eval_every == 0 and (seen := signals.break_off(recipe.evaluate, jax.device_get(state.ema))):
-                scores, pictures = seen
-                log.scalars(step, scores)
-                for name, picture in pictures.items():
-                    log.image(step, name, picture)
-                print(f"step {step}  held-out: " + "  ".join(f"{k} {v:.4f}" for k, v in scores.items()), flush=True)
-    checkpoints.wait_until_finished()
-    report.flush()
-    stopped = signals.received[0] if signals.received and step < cfg.steps else 0
-    if stopped:
-        print(f"stopped by {signal.Signals(stopped).name}; the same command goes on from here", flush=True)
-    return state, stopped
+@dataclasses.dataclass
+class _Run:
+    """The loop of `train` and what it needs."""
+
+    recipe: Recipe
+    cfg: Any
+    constants: Any
+    step_fn: Any
+    checkpoints: ocp.CheckpointManager
+    log: RunLog
+    mesh: jax.sharding.Mesh | None
+
+    def crank(self, state: TrainState) -> tuple[TrainState, int]:
+        """The last state, in a checkpoint if a step was taken, and the signal that ended the loop, or 0."""
+        cfg, recipe, first, started = self.cfg, self.recipe, int(state.step), time.monotonic()
+        step = first  # the last one that was taken; state.step would have to be waited for
+        report, watch = _Report(cfg.steps, self.log), _Watch(cfg.bad_steps, recipe)
+        waiting = self._batches(first + 1)
+        with _Signals() as signals:
+            while True:
+                out_of_time = bool(cfg.minutes) and time.monotonic() - started > 60 * cfg.minutes
+                done = step >= cfg.steps or distributed.any_of(
+                    bool(signals.received) or out_of_time, now=step % cfg.log_every == 0
+                )
+                if step > first and (done or step % cfg.checkpoint_every == 0):
+                    watch.look()  # saving waits for the steps anyway
+                    if self.checkpoints.latest_step() != step:
+                        self.checkpoints.save(step, args=ocp.args.StandardSave(state))
+                if done:
+                    break
+                batch = signals.break_off(next, waiting)
+                if batch is None:
+                    continue
+                with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
+                    state, metrics = self.step_fn(state, self.constants, self._placed(batch, step + 1))
+                step += 1
+                watch.add(step, metrics["finite"])
+                report.add(step, metrics, recipe.work(batch))
+                if step % cfg.log_every == 0 or step == first + 1:
+                    report.tell_previous()
+                if step % cfg.eval_every == 0:
+                    self._evaluate(step, state, signals)
+        self.checkpoints.wait_until_finished()
+        report.flush()
+        stopped = signals.received[0] if signals.received and step < cfg.steps else 0
+        if stopped:
+            say(f"stopped by {signal.Signals(stopped).name}; the same command goes on from here")
+        return state, stopped
+
+    def _rows(self, step: int) -> np.ndarray | None:
+        """The rows of a step's batch that this process's devices hold; None: all."""
+        return None if self.mesh is None else distributed.rows_here(self.recipe.batch_size(step), self.mesh)
+
+    def _batches(self, first: int) -> Iterator[Any]:
+        make = lambda step: self.recipe.batch(step, self._rows(step))  # noqa: E731
+        return batches.ahead(make, first, self.cfg.steps, self.cfg.batches_ahead)
+
+    def _placed(self, batch: Any, step: int) -> Any:
+        if self.mesh is None:
+            return batch
+        return distributed.place_batch(batch, self.mesh, self.recipe.batch_size(step), self._rows(step))
+
+    def _evaluate(self, step: int, state: TrainState, signals: "_Signals") -> None:
+        average, kept = distributed.to_host(state.ema), distributed.to_host(self.constants)
+        if jax.process_index() or not (seen := signals.break_off(self.recipe.evaluate, average, kept)):
+            return
+        scores, pictures = seen
+        self.log.scalars(step, scores)
+        for name, picture in pictures.items():
+            self.log.picture(step, name, picture)
+        if scores:
+            say(f"step {step}  held-out: " + "  ".join(f"{k} {v:.4f}" for k, v in scores.items()))
 
 
 class _Stopped(KeyboardInterrupt):
@@ -220,8 +299,8 @@ class _Signals:
 class _Watch:
     """Notices every step whose loss was not finite, two steps late, so that the machine never waits for the loop."""
 
-    def __init__(self, limit: int):
-        self.limit, self.in_a_row = limit, 0
+    def __init__(self, limit: int, recipe: Recipe):
+        self.limit, self.recipe, self.in_a_row = limit, recipe, 0
         self.unread: collections.deque[tuple[int, jax.Array]] = collections.deque()
 
     def add(self, step: int, finite: jax.Array) -> None:
@@ -233,7 +312,11 @@ class _Watch:
         """Raises UserError if `limit` steps in a row were not finite. leave: that many of the newest unread."""
         while len(self.unread) > leave:
             step, finite = self.unread.popleft()
-            self.in_a_row = 0 if finite else self.in_a_row + 1
+            if finite:
+                self.in_a_row = 0
+                continue
+            self.in_a_row += 1
+            say(f"step {step} was not finite and changed nothing; its batch: {', '.join(self.recipe.ids(step))}")
             if self.in_a_row >= self.limit:
                 raise UserError(
                     f"the loss or its gradient was not finite {self.in_a_row} times in a row, up to step {step}; the"
@@ -241,28 +324,70 @@ class _Watch:
                 )
 
 
+# bf16 FLOP/s of a device, as published; what is not here has no share of a peak.
+PEAKS = {
+    "NVIDIA H100": 989e12, "NVIDIA H200": 989e12, "NVIDIA A100": 312e12, "TPU v4": 275e12, "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12, "TPU v5p": 459e12, "TPU v5": 459e12, "TPU v6 lite": 918e12, "TPU v6e": 918e12,
+}  # fmt: skip
+
+
+def peak_flops() -> float:
+    """Of all devices together; 0 where it is not known."""
+    kind = jax.devices()[0].device_kind
+    return next((peak for name, peak in PEAKS.items() if kind.startswith(name)), 0.0) * jax.device_count()
+
+
 class _Report:
-    """Says how the run goes. A line is told when the next one is due, so that nothing waits for its numbers."""
+    """Says how the run goes. A line is told when the next one is due, so that nothing waits for its numbers.
+
+    Means are over all samples since the last line, everything else is of the line's step.
+    """
 
     def __init__(self, steps: int, log: RunLog):
-        self.steps, self.log = steps, log
-        self.told: tuple[int, float] | None = None  # the last step that was noted, and when
-        self.pending: tuple[int, float, dict[str, jax.Array]] | None = None
+        self.steps, self.log, self.peak = steps, log, peak_flops()
+        self.noted: tuple[int, float] | None = None  # the last step that was to be told, and when
+        self.pending: tuple[int, dict[str, float], dict[str, Any]] | None = None
+        self.means: dict[str, Mean] = {}
+        self.latest: tuple[int, dict[str, Any]] = (0, {})
+        self.tokens, self.flops = 0, 0.0
 
-    def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Notes a step's metrics, and tells the one noted before."""
+    def add(self, step: int, metrics: dict[str, Any], work: tuple[int, float]) -> None:
+        """Notes a step's metrics, and what it had to do."""
+        for name, value in metrics.items():
+            if isinstance(value, Mean):
+                self.means[name] = self.means[name] + value if name in self.means else value
+        self.latest = step, metrics
+        self.tokens, self.flops = self.tokens + work[0], self.flops + work[1]
+
+    def tell_previous(self) -> None:
+        """The step noted last is to be told next; tells the one before."""
         self.flush()
         now = time.monotonic()
-        rate = (step - self.told[0]) / max(now - self.told[1], 1e-9) if self.told else 0.0
-        self.told, self.pending = (step, now), (step, rate, metrics)
+        step, metrics = self.latest
+        speeds = {}
+        if self.noted:
+            seconds = max(now - self.noted[1], 1e-9)
+            speeds["steps_per_second"] = (step - self.noted[0]) / seconds
+            if self.tokens:
+                speeds["tokens_per_second"] = self.tokens / seconds
+            if self.flops and self.peak:
+                speeds["share_of_peak"] = self.flops / seconds / self.peak
+        self.noted, self.pending = (step, now), (step, speeds, {**metrics, **self.means})
+        self.means, self.tokens, self.flops = {}, 0, 0.0
 
     def flush(self) -> None:
         """Tells what was noted and not told."""
         if self.pending is None:
             return
-        (step, rate, metrics), self.pending = self.pending, None
-        values = {name: float(value) for name, value in metrics.items()}
-        self.log.scalars(step, {**values, "steps_per_second": rate} if rate else values)
+        (step, speeds, metrics), self.pending = self.pending, None
+        values = {}
+        for name, value in metrics.items():
+            if not isinstance(value, Mean):
+                values[name] = float(value)
+            elif float(value.count):
+                values[name] = float(value.total) / float(value.count)
+        self.log.scalars(step, {**values, **speeds})
         shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items() if name != "finite")
+        rate = speeds.get("steps_per_second", 0.0)
         speed = f"{rate:.2f} steps/s  {(self.steps - step) / rate / 60:.0f} min left  " if rate else ""
-        print(f"step {step}/{self.steps}  {speed}{shown}", flush=True)
+        say(f"step {step}/{self.steps}  {speed}{shown}")

@@ -1,8 +1,9 @@
 """Which recipe a config asks for, and whether it can be followed."""
 
+import dataclasses
 from typing import Any
 
-from emv3_jax.config import PRESETS
+from emv3_jax.config import PRESETS, Preset
 from emv3_jax.errors import UserError
 from emv3_jax.training import checks
 from emv3_jax.training.dit_recipe import DiTRecipe
@@ -23,11 +24,24 @@ def build(cfg: Any) -> Any:
         raise UserError("this config has no key recipe, so it is not for training: give another, see configs/")
     if cfg.recipe not in RECIPES:
         raise UserError(f"config key recipe: {cfg.recipe!r} is none of {', '.join(sorted(RECIPES))}")
-    if cfg.get("preset") not in PRESETS:
-        raise UserError(f"config key preset: {cfg.get('preset')!r} is none of {', '.join(sorted(PRESETS))}")
-    preset = PRESETS[cfg.preset]
+    preset = preset_of(cfg)
     if wrong := checks.run(cfg) + CHECKS[cfg.recipe](cfg, preset):
         raise UserError("; ".join(wrong))
     if note := checks.note(cfg):
         print(f"note: {note}", flush=True)
     return RECIPES[cfg.recipe](cfg, preset)
+
+
+def preset_of(cfg: Any) -> Preset:
+    """The preset that a config names, with the transformer's fields that it sets (section `model`).
+
+    Raises:
+      UserError: there is no such preset, or no such field.
+    """
+    if cfg.get("preset") not in PRESETS:
+        raise UserError(f"config key preset: {cfg.get('preset')!r} is none of {', '.join(sorted(PRESETS))}")
+    preset, changes = PRESETS[cfg.preset], dict(cfg.get("model", {}))
+    fields = {field.name for field in dataclasses.fields(preset.dit)}
+    if unknown := sorted(set(changes) - fields):
+        raise UserError(f"config key model: {unknown[0]!r} is none of {', '.join(sorted(fields))}")
+    return dataclasses.replace(preset, dit=dataclasses.replace(preset.dit, **changes))

@@ -1,11 +1,10 @@
 """What training carries from step to step, and the one update that changes it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import struct
 from jax.sharding import NamedSharding, PartitionSpec
@@ -15,17 +14,20 @@ from emv3_jax.errors import UserError
 
 Params = Any
 STEP_STREAM = 2**31  # sets the keys of steps apart from those that initialise parameters
-LossFn = Callable[[Params, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+# loss(params, constants, batch, key) -> loss and metrics; constants are parameters that do not change.
+LossFn = Callable[[Params, Any, Any, jax.Array], tuple[jax.Array, dict[str, Any]]]
 
 
 @struct.dataclass
 class TrainState:
-    """Float32 master weights, optimizer state, moving average of the weights, and the number of steps taken."""
+    """Float32 master weights, optimizer state, moving average of the weights, the number of steps taken, and the data of
+    the run's random key: with the number of steps it says which batch comes next and what is drawn for it."""
 
     step: jax.Array
     params: Params
     opt_state: Any
     ema: Params
+    key: jax.Array
 
 
 def make_schedule(cfg: Any) -> optax.Schedule:
@@ -83,64 +85,52 @@ def make_optimizer(cfg: Any) -> optax.GradientTransformation:
     return optax.multi_transform({"trained": adamw, "frozen": optax.set_to_zero()}, label)
 
 
-def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+def init_state(params: Params, optimizer: optax.GradientTransformation, seed: int = 0) -> TrainState:
     """Step 0."""
     params = jax.tree.map(lambda p: jnp.asarray(p, jnp.float32), params)
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), jax.tree.map(jnp.copy, params))
+    key = jax.random.key_data(jax.random.fold_in(jax.random.key(seed), STEP_STREAM))
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), jax.tree.map(jnp.copy, params), key)
 
 
-def state_shardings(state: TrainState, mesh: jax.sharding.Mesh) -> TrainState:
-    """Where each part of a state lies on a mesh: optimizer and moving average are divided like the parameters."""
+def tree_shardings(tree: Any, mesh: jax.sharding.Mesh) -> Any:
+    """Where each part of a state, or of parameters, lies on a mesh: optimizer and average are divided as parameters."""
 
     def place(path: tuple, leaf: Any) -> NamedSharding:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        spec = sharding.spec_for(name, leaf.shape, mesh.shape) if leaf.shape else PartitionSpec()
+        spec = PartitionSpec() if not leaf.shape or name == "key" else sharding.spec_for(name, leaf.shape, mesh.shape)
         return NamedSharding(mesh, spec)
 
-    return jax.tree_util.tree_map_with_path(place, state)
+    return jax.tree_util.tree_map_with_path(place, tree)
 
 
-def place_batch(batch: Any, mesh: jax.sharding.Mesh | None) -> Any:
-    """A batch on the devices of the mesh in use, its samples divided over them as far as they divide evenly."""
-    if mesh is None:
-        return batch
-
-    def place(leaf: Any) -> jax.Array:
-        axes = sharding.batch_axes(np.shape(leaf)[0]) if np.ndim(leaf) else None
-        return jax.device_put(leaf, NamedSharding(mesh, PartitionSpec(axes)))
-
-    return jax.tree.map(place, batch)
-
-
-def make_step(
+def make_update(
     loss_fn: LossFn,
     optimizer: optax.GradientTransformation,
     ema_decay: float,
-    seed: int,
     micro_batches: int = 1,
-    shardings: TrainState | None = None,
-):
-    """The compiled update (state, batch) -> (state, metrics); the old state's memory is reused.
+    restarts: Sequence[int] = (),
+) -> Callable[[TrainState, Params, Any], tuple[TrainState, dict[str, Any]]]:
+    """The pure update (state, constants, batch) -> (state, metrics).
 
-    The random key is a function of seed and step, so a resumed run draws what an uninterrupted one would have drawn.
-    The moving average starts fast: its decay is min(ema_decay, (1 + step) / (10 + step)). A step whose loss or
+    What is drawn follows from the state's key and step, so a resumed run draws what an uninterrupted one would have
+    drawn. The moving average starts fast: its decay is min(ema_decay, (1 + step) / (10 + step)). A step whose loss or
     gradient is not finite changes nothing but the step number; its metrics say `finite` = 0.
 
     Args:
       micro_batches: the batch is taken in so many equal parts, one after another, in the memory of one; their gradients
         are averaged. Each part has random keys of its own.
-      shardings: of the state (`state_shardings`), which the new one keeps.
+      restarts: steps after which the weights go on from the moving average (inter-task EMA, paper, Soup of Tasks).
     """
     gradient = jax.value_and_grad(loss_fn, has_aux=True)
 
-    def gradients(params: Params, batch: Any, key: jax.Array) -> tuple[tuple[jax.Array, dict[str, jax.Array]], Params]:
+    def gradients(params: Params, constants: Params, batch: Any, key: jax.Array) -> tuple[tuple[jax.Array, Any], Params]:
         if micro_batches == 1:
-            return gradient(params, batch, key)
+            return gradient(params, constants, batch, key)
         sizes = {leaf.shape[0] for leaf in jax.tree.leaves(batch)}
         if any(size % micro_batches for size in sizes):
             raise UserError(f"config key micro_batches: {micro_batches} does not divide a batch of {max(sizes)}")
         parts = jax.tree.map(lambda leaf: leaf.reshape(micro_batches, -1, *leaf.shape[1:]), batch)
-        one = lambda number, part: gradient(params, part, jax.random.fold_in(key, number))  # noqa: E731
+        one = lambda number, part: gradient(params, constants, part, jax.random.fold_in(key, number))  # noqa: E731
         zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(one, 0, jax.tree.map(lambda leaf: leaf[0], parts)))
 
         def add(total: Any, part: tuple[jax.Array, Any]) -> tuple[Any, None]:
@@ -149,19 +139,30 @@ def make_step(
         total, _ = jax.lax.scan(add, zeros, (jnp.arange(micro_batches), parts))
         return jax.tree.map(lambda leaf: leaf / micro_batches, total)
 
-    def update(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), STEP_STREAM), state.step)
-        (loss, metrics), grads = gradients(state.params, batch, key)
+    def update(state: TrainState, constants: Params, batch: Any) -> tuple[TrainState, dict[str, Any]]:
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+        before = state.params
+        if restarts:
+            restart = jnp.isin(state.step, jnp.asarray(restarts))
+            before = jax.lax.cond(restart, lambda: state.ema, lambda: state.params)
+        (loss, metrics), grads = gradients(before, constants, batch, key)
         norm = optax.global_norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        updates, opt_state = optimizer.update(grads, state.opt_state, before)
+        params = optax.apply_updates(before, updates)
         decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
         ema = jax.tree.map(lambda old, new: decay * old + (1.0 - decay) * new, state.ema, params)
         keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)  # noqa: E731
         state = TrainState(
-            state.step + 1, keep(params, state.params), keep(opt_state, state.opt_state), keep(ema, state.ema)
+            state.step + 1, keep(params, before), keep(opt_state, state.opt_state), keep(ema, state.ema), state.key
         )
         return state, {"loss": loss, "grad_norm": norm, "finite": finite.astype(jnp.float32), **metrics}
 
+    return update
+
+
+def make_step(
+    update: Callable[[TrainState, Params, Any], tuple[TrainState, dict[str, Any]]], shardings: TrainState | None = None
+):
+    """An update compiled; the old state's memory is reused. shardings: of the state, which the new one keeps."""
     return jax.jit(update, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None))

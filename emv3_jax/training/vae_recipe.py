@@ -14,7 +14,7 @@ from emv3_jax.models import vae as vae_model
 from emv3_jax.models.vae import WanVAE
 from emv3_jax.puppets import clips, metrics
 from emv3_jax.training import losses, pictures
-from emv3_jax.training.stages import kind_of_batch
+from emv3_jax.training.schedule import kind_of_batch
 
 
 class VAERecipe:
@@ -36,7 +36,13 @@ class VAERecipe:
         params["to_moments"]["bias"] = bias.at[bias.size // 2 :].set(-5.0)
         return params
 
-    def loss(self, params: Any, batch: jax.Array, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def constants(self) -> dict[str, Any]:
+        """None."""
+        return {}
+
+    def loss(
+        self, params: Any, constants: Any, batch: jax.Array, key: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         # What is frozen needs no gradient: the compiler leaves out the way back through it.
         params = {name: jax.lax.stop_gradient(p) if name in self.frozen else p for name, p in params.items()}
         mean, logvar = self.vae.apply({"params": params}, batch, method="encode")
@@ -54,17 +60,31 @@ class VAERecipe:
             "noise": noise,
         }
 
-    def batch(self, step: int) -> jax.Array:
+    def batch_size(self, step: int) -> int:
+        """Crops of a step's batch."""
+        return kind_of_batch(self.cfg.stages, step)[2]
+
+    def ids(self, step: int) -> list[str]:
+        """The crops are drawn and have no names."""
+        return [f"{self.batch_size(step)} crops drawn with seed {self.cfg.seed}"]
+
+    def work(self, batch: jax.Array) -> tuple[int, float]:
+        """Not counted."""
+        return 0, 0.0
+
+    def batch(self, step: int, rows: np.ndarray | None = None) -> jax.Array:
+        """The step's crops [B, F, side, side, 3] in [-1, 1], or some of them."""
         cfg = self.cfg
         frames, size, batch = kind_of_batch(cfg.stages, step)
         rng = np.random.default_rng([cfg.seed, step])
-        return clips.sample_crops(rng, batch, frames, size, cfg.picture)
+        crops = clips.sample_crops(rng, batch, frames, size, cfg.picture)
+        return crops if rows is None else crops[rows]
 
     @functools.cached_property
     def _round_trip(self):
         return jax.jit(lambda params, video: self.vae.apply({"params": params}, video))
 
-    def evaluate(self, params: Any) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    def evaluate(self, params: Any, constants: Any) -> tuple[dict[str, float], dict[str, np.ndarray]]:
         """Held-out puppets through the codec and back."""
         rows, scores = [], []
         for index in range(self.cfg.eval_clips):
@@ -76,7 +96,7 @@ class VAERecipe:
         mean = {f"heldout_{name}": float(np.mean([s[name] for s in scores])) for name in scores[0]}
         return mean, {"true_and_decoded": pictures.film_strip(rows)}
 
-    def export(self, params: Any, folder: pathlib.Path) -> None:
+    def export(self, params: Any, constants: Any, folder: pathlib.Path) -> None:
         """Weights whose latents have mean 0 and deviation 1 per channel on training clips.
 
         A frozen encoder's latents stay as they are, so that a DiT trained on them still fits.

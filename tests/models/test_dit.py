@@ -110,7 +110,8 @@ def test_each_modality_weight_removes_its_own_modality(velocity, inputs):
     assert error(velocity(x, t, cond, (1.0, 1.0, 0.5)), halved) < 1e-6
 
 
-def test_remat_changes_nothing_and_gradients_are_finite(params, inputs):
+@pytest.mark.parametrize("policy", REMAT)
+def test_remat_changes_nothing_and_gradients_are_finite(params, inputs, policy):
     def loss_and_gradient(cfg: DiTConfig):
         def loss(params):
             return jnp.mean(jnp.square(DiT(cfg).apply({"params": params}, **inputs)))
@@ -118,7 +119,7 @@ def test_remat_changes_nothing_and_gradients_are_finite(params, inputs):
         return jax.jit(jax.value_and_grad(loss))(params)
 
     plain, gradient = loss_and_gradient(CFG)
-    remat, gradient_remat = loss_and_gradient(dataclasses.replace(CFG, remat=True))
+    remat, gradient_remat = loss_and_gradient(dataclasses.replace(CFG, remat=policy))
     assert float(plain) == pytest.approx(float(remat), rel=1e-6)
     for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(gradient_remat), strict=True):
         assert np.isfinite(a).all() and np.abs(a).max() > 0
