@@ -344,95 +344,119 @@ def test_the_port_is_free_again_at_once(folder):
         assert server.address == f"http://127.0.0.1:{port}/"
 
 
+class Page:
+    """The page in a browser, as a person sees and uses it."""
+
+    def __init__(self, browser):
+        self.browser = browser
+
+    def text(self, id):
+        return self.browser.find_element("id", id).text
+
+    def wait(self, test, what):
+        from selenium.webdriver.support.ui import WebDriverWait
+
+        WebDriverWait(self.browser, 10, poll_frequency=0.05).until(lambda _: test(), what)
+
+    def shows(self, *seen):
+        """Waits for a position, a verdict and counts."""
+        self.wait(
+            lambda: tuple(map(self.text, ("position", "verdict", "counts"))) == seen,
+            f"{seen} is not shown",
+        )
+
+    def press(self, key):
+        from selenium.webdriver.common.action_chains import ActionChains
+
+        ActionChains(self.browser).send_keys(key).perform()
+
+    def click(self, issue):
+        self.browser.find_element("css selector", f"[data-issue={issue}]").click()
+
+    def video(self, expression):
+        return self.browser.execute_script(f"const video = document.querySelector('video'); return {expression}")
+
+
 @pytest.fixture
-def browser(tmp_path):
+def page(tmp_path, server):
+    if not (CHROMIUM and DRIVER):
+        pytest.skip("needs chromium and chromedriver")
     webdriver = pytest.importorskip("selenium.webdriver")
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
     for flag in (*FLAGS, f"--user-data-dir={tmp_path / 'profile'}"):
         options.add_argument(flag)
     with webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER)) as browser:
-        yield browser
+        browser.get(server.address)
+        yield Page(browser)
 
 
-@pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver")
-def test_a_person_reviews_clips(server, folder, browser):
-    from selenium.webdriver.common.action_chains import ActionChains
-    from selenium.webdriver.support.ui import WebDriverWait
-
-    def text(id):
-        return browser.find_element("id", id).text
-
-    def wait(test, what):
-        WebDriverWait(browser, 10, poll_frequency=0.05).until(lambda _: test(), what)
-
-    def shows(position, verdict, counts):
-        seen = (position, verdict, counts)
-        wait(lambda: (text("position"), text("verdict"), text("counts")) == seen, f"{seen} is not shown")
-
-    def press(key):
-        ActionChains(browser).send_keys(key).perform()
-
-    def video(expression):
-        return browser.execute_script(f"const video = document.querySelector('video'); return {expression}")
-
-    browser.get(server.address)
-    shows("1 of 4", "No verdict yet", "0 kept, 0 rejected, 4 left")
-    assert text("prompt") == "A puppet nods, <b>take 0</b>." and text("task") == "i2v" and text("id") == "000000"
-    labels = [button.accessible_name for button in browser.find_elements("css selector", "#issues button")]
-    assert labels == [f"Reject: {issue.capitalize()}" for issue in ISSUES]
-    assert browser.execute_script(
-        "return document.body.scrollWidth <= innerWidth && document.body.scrollHeight <= innerHeight"
+def test_a_person_reviews_clips(page, folder):
+    page.shows("1 of 4", "No verdict yet", "0 kept, 0 rejected, 4 left")
+    about = [page.text(id) for id in ("prompt", "task", "id")]
+    assert about == ["A puppet nods, <b>take 0</b>.", "i2v", "000000"]
+    buttons = page.browser.find_elements("css selector", "#issues button")
+    assert [button.accessible_name for button in buttons] == [f"Reject: {issue.capitalize()}" for issue in ISSUES]
+    assert page.browser.execute_script("const {scrollWidth: w, scrollHeight: h} = document.body; return [w, h]") == (
+        page.browser.execute_script("return [innerWidth, innerHeight]")
     )
 
-    press("k")
-    shows("2 of 4", "No verdict yet", "1 kept, 0 rejected, 3 left")
-    wait(lambda: video("!video.paused && video.currentTime > 0.1"), "the video does not play after a key")
-    assert video("video.loop && !video.muted && video.videoWidth === 64 && Math.abs(video.duration - 1) < 0.2")
-    press(" ")
-    wait(lambda: video("video.paused") and text("play").startswith("Play"), "space does not pause")
-    video("(video.currentTime = 0.8)")
-    wait(lambda: video("!video.seeking && Math.abs(video.currentTime - 0.8) < 0.01"), "seeking does not work")
+    page.press("k")
+    page.shows("2 of 4", "No verdict yet", "1 kept, 0 rejected, 3 left")
+    page.wait(lambda: page.video("!video.paused && video.currentTime > 0.1"), "the video does not play after a key")
+    assert page.video("video.loop && !video.muted && video.videoWidth === 64 && Math.abs(video.duration - 1) < 0.2")
+    page.press(" ")
+    page.wait(lambda: page.video("video.paused") and page.text("play").startswith("Play"), "space does not pause")
+    page.video("(video.currentTime = 0.8)")
+    page.wait(lambda: page.video("!video.seeking && Math.abs(video.currentTime - 0.8) < 0.01"), "it does not seek")
 
-    browser.find_element("css selector", "[data-issue=anatomy]").click()
-    shows("3 of 4", "No verdict yet", "1 kept, 1 rejected, 2 left")
-    press(" ")  # the clicked button must not be pressed once more
-    press("\ue012")  # arrow left
-    shows("2 of 4", "Rejected: anatomy", "1 kept, 1 rejected, 2 left")
-    press("\ue014")
-    shows("3 of 4", "No verdict yet", "1 kept, 1 rejected, 2 left")
+    page.click("anatomy")
+    page.shows("3 of 4", "No verdict yet", "1 kept, 1 rejected, 2 left")
+    page.press(" ")  # the clicked button must not be pressed once more
+    page.press("\ue012")  # arrow left
+    page.shows("2 of 4", "Rejected: anatomy", "1 kept, 1 rejected, 2 left")
+    page.press("\ue014")
+    page.shows("3 of 4", "No verdict yet", "1 kept, 1 rejected, 2 left")
 
-    press("u")
-    shows("2 of 4", "No verdict yet", "1 kept, 0 rejected, 3 left")
-    press("8")
-    shows("3 of 4", "No verdict yet", "1 kept, 1 rejected, 2 left")
-    browser.refresh()
-    shows("3 of 4", "No verdict yet", "1 kept, 1 rejected, 2 left")
-    press("u")  # after a reload it is still known which was the last
-    shows("2 of 4", "No verdict yet", "1 kept, 0 rejected, 3 left")
-    press("1")
-    shows("3 of 4", "No verdict yet", "1 kept, 1 rejected, 2 left")
-    said = [("000000", "keep", None), ("000001", "reject", "anatomy"), ("000001", None, None)]
-    said += [("000001", "reject", "other"), ("000001", None, None), ("000001", "reject", "lips")]
-    path = folder / "verdicts.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [(row["id"], row["verdict"], row["issue"]) for row in rows] == said
+    page.press("u")
+    page.shows("2 of 4", "No verdict yet", "1 kept, 0 rejected, 3 left")
+    page.press("8")
+    page.shows("3 of 4", "No verdict yet", "1 kept, 1 rejected, 2 left")
+    page.browser.refresh()
+    page.shows("3 of 4", "No verdict yet", "1 kept, 1 rejected, 2 left")
+    page.press("u")  # after a reload it is still known which was the last
+    page.shows("2 of 4", "No verdict yet", "1 kept, 0 rejected, 3 left")
+    rows = [json.loads(line) for line in (folder / "verdicts.jsonl").read_text().splitlines()]
+    assert [(row["id"], row["verdict"], row["issue"]) for row in rows] == [
+        ("000000", "keep", None),
+        ("000001", "reject", "anatomy"),
+        ("000001", None, None),
+        ("000001", "reject", "other"),
+        ("000001", None, None),
+    ]
+    check_failure_and_end(page, folder)
 
-    path.rename(folder / "aside")
+
+def check_failure_and_end(page, folder):
+    """From the second of four clips on, the first of which is kept."""
+    path, aside = folder / "verdicts.jsonl", folder / "aside"
+    path.rename(aside)
     path.mkdir()
-    press("k")
-    wait(lambda: "Not saved, please try again (clip 000002)" in text("error"), "a failed save is not visible")
-    shows("3 of 4", "No verdict yet", "1 kept, 1 rejected, 2 left")
+    page.press("k")
+    page.wait(lambda: "Not saved, please try again (clip 000001)" in page.text("error"), "a failure is not visible")
+    page.shows("2 of 4", "No verdict yet", "1 kept, 0 rejected, 3 left")
     path.rmdir()
-    (folder / "aside").rename(path)
-    press("k")
-    shows("4 of 4", "No verdict yet", "2 kept, 1 rejected, 1 left")
-    assert text("error") == ""
-
-    wait(lambda: video("video.videoWidth === 64"), "a video with an odd name is not shown")
-    press("2")
-    wait(lambda: text("done").startswith("All clips are reviewed\n2 kept, 2 rejected"), "the end is not said")
-    press("k")  # nothing to keep
-    press("u")
-    shows("4 of 4", "No verdict yet", "2 kept, 1 rejected, 1 left")
+    aside.rename(path)
+    page.press("1")
+    page.shows("3 of 4", "No verdict yet", "1 kept, 1 rejected, 2 left")
+    assert page.text("error") == ""
+    page.press("k")
+    page.shows("4 of 4", "No verdict yet", "2 kept, 1 rejected, 1 left")
+    page.wait(lambda: page.video("video.videoWidth === 64"), "a video with an odd name is not shown")
+    page.press("2")
+    end = "All clips are reviewed\n2 kept, 2 rejected\nLips: 1\nMotion: 1"
+    page.wait(lambda: page.text("done") == end, "the end is not said")
+    page.press("k")  # nothing to keep
+    page.press("u")
+    page.shows("4 of 4", "No verdict yet", "2 kept, 1 rejected, 1 left")
     assert list(read_verdicts(folder)) == ["000000", "000001", "000002"]
