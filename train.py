@@ -1,6 +1,7 @@
 """Trains a model: python train.py --config configs/NAME.py --workdir DIR [--config.KEY=VALUE ...]."""
 
 import pathlib
+import signal
 import sys
 
 from emv3_jax import command_line
@@ -14,10 +15,11 @@ def main(arguments: list[str]) -> int:
     options, cfg = command_line.parse(parser, arguments)
     command_line.setup_compile_cache()
 
-    from emv3_jax.training import loop, recipes
+    from emv3_jax.training import cycle, loop, recipes
 
-    stopped = loop.train(recipes.build(cfg), cfg, pathlib.Path(options.workdir))
-    return 128 + stopped if stopped else 0
+    workdir = pathlib.Path(options.workdir)
+    stopped = cycle.train(cfg, workdir) if "cycle" in cfg else loop.train(recipes.build(cfg), cfg, workdir)
+    return 128 + stopped if stopped == signal.SIGINT else 0  # SIGTERM is how a machine is taken back: all is saved
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
 """The demo's DiT with its text and image encoders, from nothing, on puppets; its VAE is of demo_vae_decoder.py.
 
+python -m emv3_jax.data.prepare --puppets train --clips 832 --preset demo --weights runs/demo_vae_decoder/weights \
+    --out data/puppets
 python train.py --config configs/demo_dit.py --workdir runs/demo_dit
 
-About 20 minutes to extract latents and 67 to train on 2 cores. Expect on held-out puppets (docs/benchmarks.md): sync
+About 30 minutes to prepare the clips and 67 to train on 2 cores. Expect on held-out puppets (docs/benchmarks.md): sync
 0.92, the motion of the prompt always, colours within 4 of 255. After 800 steps sync is 0.83. (The shipped weights
-learnt up to step 2600 on 640 clips and on the latents of a VAE at step 4127, and from there on what is below.)
+learnt up to step 2600 on 640 clips and on the latents of a VAE at step 4127, and from there on what is below, but each
+clip in one task instead of any.)
 """
 
 import ml_collections
@@ -15,20 +18,30 @@ def get_config() -> ml_collections.ConfigDict:
         {
             "recipe": "dit",
             "preset": "demo",
-            "init_from": "",
+            "model": {},  # fields of the transformer's config that differ from the preset's, such as remat and dtype
             "seed": 0,
-            # data: latents of puppets, extracted once
-            "vae_weights": "runs/demo_vae_decoder/weights/vae.safetensors",
-            "latents": "runs/latents",
-            "clips": 832,
-            "clip_frames": 125,
+            # weights
+            "init_from": "",  # a folder of weights to go on from
+            "silent_audio": False,  # init_from holds base weights, which hear nothing
+            "frozen_weights": "runs/demo_vae_decoder/weights",  # of what is not trained; empty: the shipped ones
+            "adapters": {},  # rank, scale, on: trains adapters of the projections whose path matches
+            # data
+            "data": "data/puppets",
             # Up to step; then kinds of batches, taken in turn: first frames of a clip, clips.
             "stages": (
                 (2000, ((61, 12),)),
                 (2600, ((125, 8),)),
                 (6000, ((61, 12), (125, 6), (81, 10), (125, 6))),
             ),
+            # Up to step; then the tasks, and how often each.
+            "tasks": ((6000, (("i2v", 0.76), ("t2v", 0.08), ("flf2v", 0.08), ("lipsync", 0.08))),),
+            "inter_task_ema": False,  # weights go on from the moving average when other tasks join
             # loss
+            "objective": "sft",  # or a preference: ndpo, ndpo_absolute, dpo
+            "beta": 100.0,  # of a preference
+            "negatives": "",  # its review folder
+            "issue": "",  # what its negatives were rejected for; empty: anything
+            "phda": {"text": (), "image": (500 / 3, 1000 / 3), "audio": (500.0, 2000 / 3), "jitter": 100.0},
             "drop_both": 0.1,  # prompt and voice
             "drop_audio": 0.1,  # the voice alone
             "shift": 2.0,
@@ -51,6 +64,7 @@ def get_config() -> ml_collections.ConfigDict:
             # several devices: samples and parameters go along fsdp, which takes what the others leave
             "mesh": {"data": 1, "context": 1, "tensor": 1},
             "micro_batches": 1,  # parts that a batch is taken in, to save memory
+            "batches_ahead": 2,  # made by as many threads before they are needed
             "minutes": 0.0,
             "bad_steps": 3,
             "log_every": 20,

@@ -28,7 +28,7 @@ def _is_whole(value: Any) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
-def _whole(low: int, high: int | None = None) -> Test:
+def whole(low: int, high: int | None = None) -> Test:
     words = f"a whole number of {low} or more" if high is None else f"a whole number from {low} to {high}"
     return lambda value: _is_whole(value) and low <= value and (high is None or value <= high), words
 
@@ -37,7 +37,7 @@ def _number(passes: Callable[[float], bool], words: str) -> Test:
     return lambda v: isinstance(v, numbers.Real) and not isinstance(v, bool) and math.isfinite(v) and passes(v), words
 
 
-def _one_of(*names: str) -> Test:
+def one_of(*names: str) -> Test:
     return lambda value: value in names, "one of " + ", ".join(names)
 
 
@@ -66,29 +66,29 @@ RATES: Test = (
 )
 
 RUN: dict[str, Test] = {
-    "seed": _whole(0, 2**32 - 1),
-    "steps": _whole(1),
+    "seed": whole(0, 2**32 - 1),
+    "steps": whole(1),
     "learning_rates": RATES,
-    "warmup_steps": _whole(0),
+    "warmup_steps": whole(0),
     "final_lr_share": SHARE,
     "weight_decay": NOT_NEGATIVE,
     "clip_norm": POSITIVE,
     "beta2": DECAY,
     "ema_decay": DECAY,
     "minutes": NOT_NEGATIVE,
-    "bad_steps": _whole(1),
-    "log_every": _whole(1),
-    "eval_every": _whole(1),
-    "checkpoint_every": _whole(1),
+    "bad_steps": whole(1),
+    "log_every": whole(1),
+    "eval_every": whole(1),
+    "checkpoint_every": whole(1),
     "init_from": TEXT,
-    "export_dtype": _one_of("float32", "float16"),
-    "eval_clips": _whole(1),
+    "export_dtype": one_of("float32", "float16"),
+    "eval_clips": whole(1),
     "motion_gain": NOT_NEGATIVE,
-    "micro_batches": _whole(1),
-    "batches_ahead": _whole(0),
+    "micro_batches": whole(1),
+    "batches_ahead": whole(0),
     "mesh": (lambda value: hasattr(value, "keys"), "a section"),
 }
-VAE: dict[str, Test] = {"picture": _whole(16), "l2_weight": NOT_NEGATIVE, "kl_weight": NOT_NEGATIVE}
+VAE: dict[str, Test] = {"picture": whole(16), "l2_weight": NOT_NEGATIVE, "kl_weight": NOT_NEGATIVE}
 SECTION: Test = (lambda value: hasattr(value, "keys"), "a section")
 SWITCH: Test = (lambda value: isinstance(value, bool), "True or False")
 TASKS: Test = (
@@ -103,14 +103,14 @@ DIT: dict[str, Test] = {
     "tasks": TASKS,
     "inter_task_ema": SWITCH,
     "phda": SECTION,
-    "objective": _one_of("sft", *PREFERENCES),
+    "objective": one_of("sft", *PREFERENCES),
     "beta": POSITIVE,
     "negatives": TEXT,
     "issue": TEXT,
     "drop_both": SHARE,
     "drop_audio": SHARE,
     "shift": POSITIVE,
-    "timesteps": _one_of("uniform", "logit_normal"),
+    "timesteps": one_of("uniform", "logit_normal"),
     "eval_frames": (lambda value: _frames(value) and value >= EVAL_FRAMES, f"4k + 1 and at least {EVAL_FRAMES}"),
     "sampling": SECTION,
 }
@@ -183,7 +183,7 @@ def dit(cfg: Any, preset: Preset) -> list[str]:
     return wrong + stages(cfg, "(first frames of a clip, clips)", lambda kind: _frames(kind[0]) and kind[0] >= 5, words)
 
 
-ADAPTERS: dict[str, Test] = {"rank": _whole(1), "scale": POSITIVE, "on": PATH}
+ADAPTERS: dict[str, Test] = {"rank": whole(1), "scale": POSITIVE, "on": PATH}
 
 
 def table(cfg: Any, tests: dict[str, Test]) -> list[str]:
@@ -206,7 +206,7 @@ def stages(cfg: Any, kind_is: str, fits: Callable[[Sequence[int]], bool], words:
         return [f"config key stages must be ((up to step, ({kind_is}, ...)), ...) with rising steps, got {value!r}"]
 
     def bad(kind: Any) -> bool:
-        numbers_only = isinstance(kind, Sequence) and len(kind) == size and all(map(_whole(1)[0], kind))
+        numbers_only = isinstance(kind, Sequence) and len(kind) == size and all(map(whole(1)[0], kind))
         return not numbers_only or not fits(kind)
 
     wrong = dict.fromkeys(str(kind) for _, kinds in value for kind in kinds if bad(kind))

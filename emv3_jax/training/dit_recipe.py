@@ -71,9 +71,12 @@ class DiTRecipe:
             return {name: params[name] for name in self.trained}
 
         made = fresh(jax.random.key(cfg.seed))
-        if cfg.silent_audio:
-            made["dit"] = starts.on_base(made["dit"], pathlib.Path(cfg.init_from))
-        return made
+        if not cfg.silent_audio:
+            return made
+        if examples.encoders_trained(self.preset):  # whose base is of our own training
+            base = dict(pipeline.load_models(self.preset, cfg.init_from, self.trained))
+            return {**base, "dit": starts.silent(base["dit"])}
+        return {"dit": starts.on_base(made["dit"], pathlib.Path(cfg.init_from))}
 
     def init(self) -> Any:
         """What is trained: the models, or adapters of the transformer."""
@@ -100,7 +103,7 @@ class DiTRecipe:
     # Batches.
 
     @functools.cached_property
-    def _data(self) -> Dataset:
+    def data(self) -> Dataset:
         data = Dataset(self.cfg.data, self.preset)
         if data.record["vae"] != encoder_hash(self.frozen["vae"]):
             raise UserError(
@@ -111,13 +114,13 @@ class DiTRecipe:
 
     @functools.cached_property
     def _plan(self) -> Plan:
-        return Plan(self._data.buckets, self.cfg.stages, self.cfg.steps, self.cfg.seed)
+        return Plan(self.data.buckets, self.cfg.stages, self.cfg.steps, self.cfg.seed)
 
     @functools.cached_property
     def _negatives(self) -> Any:
         from emv3_jax.training import negatives
 
-        return negatives.Negatives(self.cfg.negatives, self.cfg.issue)
+        return negatives.Negatives.read(self.cfg.negatives, self.cfg.issue)
 
     def batch_size(self, step: int) -> int:
         """Samples of a step's batch."""
@@ -128,7 +131,7 @@ class DiTRecipe:
         """What the clips of a step's batch are called."""
         if self.cfg.objective != SFT:
             return self._negatives.ids(self.cfg.seed, step, schedule.kind_of_batch(self.cfg.stages, step)[1])
-        return [self._data.id(number) for number in self._plan.batch(step)[1]]
+        return [self.data.id(number) for number in self._plan.batch(step)[1]]
 
     def batch(self, step: int, rows: np.ndarray | None = None) -> dict[str, Any]:
         """A step's batch, or some rows of it."""
@@ -141,7 +144,7 @@ class DiTRecipe:
             names = schedule.tasks_of_batch(cfg.tasks, step, len(numbers), cfg.seed)
             if rows is not None:
                 numbers, names = numbers[rows], [names[row] for row in rows]
-            return examples.batch(self._data.examples(numbers), names, frames, self.preset)
+            return examples.batch(self.data.examples(numbers), names, frames, self.preset)
         if rows is not None:
             some, names = [some[row] for row in rows], [names[row] for row in rows]
         return examples.batch(some, names, frames, self.preset)
@@ -219,14 +222,14 @@ class DiTRecipe:
 
     # What is seen and written.
 
-    def pipeline(self, weights: Any) -> pipeline.Pipeline:
+    def make_pipeline(self, weights: Any) -> pipeline.Pipeline:
         """The pipeline with the trained models."""
         return pipeline.Pipeline(self.preset, collections.ChainMap(weights, self.frozen), self.phda, self.words)
 
     def evaluate(self, params: Any, constants: Any) -> tuple[dict[str, float], dict[str, np.ndarray]]:
         """Held-out puppets, generated and scored; for presets that know no puppets, a clip of the dataset, generated."""
         cfg, weights = self.cfg, self.weights(params, constants)
-        pipe, options = self.pipeline(weights), SamplingOptions(**cfg.sampling)
+        pipe, options = self.make_pipeline(weights), SamplingOptions(**cfg.sampling)
         if not examples.encoders_trained(self.preset):
             return {}, {"made": self._generate(pipe, options)}
         held_out = [clips.make_clip("heldout", i, cfg.eval_frames) for i in range(cfg.eval_clips)]
@@ -239,7 +242,7 @@ class DiTRecipe:
 
     def _generate(self, pipe: pipeline.Pipeline, options: SamplingOptions) -> np.ndarray:
         """The first clip of the dataset, made again from its first frame, sound and caption: [F, H, W, 3] uint8."""
-        example = self._data.examples([0])[0]
+        example = self.data.examples([0])[0]
         request = pipeline.Request(
             image=example["image"], audio=example["wave"].astype(np.float32) / 32767,
             prompt=examples.text_of(example["caption"]),

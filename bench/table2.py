@@ -1,0 +1,318 @@
+"""Table 2 of the paper in miniature, on puppets: python -m bench.table2 [--rows full schedule_a ...] [--seeds 3] --out DIR
+
+Every row is a small model of its own, trained from one base model by configs/puppet_full_cycle.py with one thing changed,
+for several seeds side by side (vmap). What was trained and measured is kept in DIR, stage by stage and row by row, and
+not done again: the same command goes on where it was stopped. The table of all rows that are there is printed at the
+end, with the paper's numbers beside; `--rows` alone prints it.
+
+    python -m emv3_jax.data.prepare --puppets train --clips 448 --frames 33 --preset demo --out data/puppets33
+    python -m bench.table2 --out runs/table2
+
+Each seed is scored on 24 held-out puppets of 65 frames, twice as long as a window: sync, motion as prompted, identity
+error of 255, a distance between the distributions of true and generated videos (puppets.metrics.frechet_distance), seam
+error. Text guidance is on, with the negative prompts of PNG.
+"""
+
+import argparse
+import dataclasses
+import functools
+import hashlib
+import json
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from bench.long_video import seams
+from configs import puppet_base, puppet_full_cycle, puppet_sft
+from emv3_jax import Request, checkpoint, command_line, media
+from emv3_jax.data.dataset import Dataset
+from emv3_jax.files import atomic_path
+from emv3_jax.options import SamplingOptions
+from emv3_jax.pipeline import Pipeline
+from emv3_jax.puppets import clips, evaluation, metrics
+from emv3_jax.request import scaled
+from emv3_jax.training import cycle, negatives, recipes, schedule
+from emv3_jax.training import state as train_state
+from emv3_jax.training.dit_recipe import SFT, DiTRecipe
+
+CLIPS, FRAMES, FIRST_CLIP = 24, 65, 5000  # held-out puppets that nothing else uses
+NEGATIVES, BATCH = 48, 8
+MEASURES = {"sync": "up", "motion": "up", "identity": "down", "distance": "down", "seam": "down"}
+WINDOWS = {"steps": 8, "shift": 3.0, "text_scale": 2.0, "audio_scale": 2.0, "window": 33, "overlap": 3}
+PNG = {"negative_motion": "A puppet sits still.", "negative_detail": "A puppet is sad."}
+EASY_TO_HARD = (
+    (160, (("lipsync", 1.0),)),
+    (320, (("lipsync", 0.3), ("flf2v", 0.7))),
+    (480, puppet_sft.ALL),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A row: how its training and its sampling differ, and the paper's Sync-C, FVD, ID and HAT."""
+
+    title: str
+    paper: tuple[float, float, float, float]
+    change: Callable[[Any], None] = lambda cfg: None
+    sampling: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def _phda(**bounds: tuple[float, ...]) -> Callable[[Any], None]:
+    return lambda cfg: cfg.phda.update(bounds)
+
+
+def _stages(change: Callable[[dict[str, Any]], dict[str, Any] | None]) -> Callable[[Any], None]:
+    """Changes the stages of the cycle after the first; None leaves one out."""
+
+    def apply(cfg: Any) -> None:
+        later = [change(dict(stage)) for stage in cfg.cycle[1:]]
+        cfg.cycle = (cfg.cycle[0], *[stage for stage in later if stage is not None])
+
+    return apply
+
+
+def _no_average(cfg: Any) -> None:
+    cfg.ema_decay, cfg.inter_task_ema = 0.0, False
+
+
+ROWS: dict[str, Row] = {
+    "full": Row("everything", (5.49, 496.76, 1.00, 0.95)),
+    "schedule_a": Row("schedule A: easy to hard", (5.40, 498.09, 0.97, 0.87),
+                      lambda cfg: cfg.update({"tasks": EASY_TO_HARD})),
+    "schedule_b": Row("schedule B: uniform", (4.98, 499.78, 0.96, 0.95),
+                      lambda cfg: cfg.update({"tasks": ((480, puppet_sft.ALL),)})),
+    "no_ema": Row("without EMA", (5.32, 508.82, 0.99, 0.90), _no_average),
+    "allocation_a": Row("allocation A: no audio early", (4.76, 496.90, 1.00, 0.93),
+                        _phda(audio=(500.0, 2000 / 3, 1.0, 0.0))),
+    "allocation_b": Row("allocation B: no text early and middle", (5.51, 489.08, 0.97, 0.81),
+                        _phda(text=(500 / 3, 1000 / 3, 1.0, 0.0))),
+    "allocation_c": Row("allocation C: no image early", (5.51, 540.80, 0.91, 0.93),
+                        _phda(image=(500.0, 2000 / 3, 1.0, 0.0))),
+    "sft_only": Row("SFT only", (4.94, 540.30, 0.99, 0.87),
+                    _stages(lambda stage: stage if "objective" not in stage else None)),
+    "sft_dpo": Row("SFT and paired DPO", (5.21, 480.98, 0.93, 0.89),
+                   _stages(lambda stage: {**stage, "objective": "dpo"} if "objective" in stage else stage)),
+    "no_png": Row("without PNG", (5.49, 496.07, 1.00, 0.89), sampling=dict.fromkeys(PNG, "")),
+    "no_long_cfg": Row("without Long Video CFG (chained)", (5.49, 530.21, 0.98, 0.92),
+                       sampling={"long_video": "chained"}),
+}  # fmt: skip
+
+
+class Held(Dataset):
+    """A small dataset, all of it in memory."""
+
+    @functools.cached_property
+    def _all(self) -> list[Any]:
+        return super().examples(range(len(self)))
+
+    def examples(self, numbers: Sequence[int]) -> list[Any]:
+        """Clips by number."""
+        return [self._all[int(number)] for number in numbers]
+
+
+class Bench:
+    """Trains and scores rows; everything that is slow is kept under `out`."""
+
+    def __init__(self, out: pathlib.Path, data: str, seeds: int, scale: float):
+        self.out, self.seeds, self.scale = out, seeds, scale
+        cfg = puppet_base.get_config()
+        cfg.data = data
+        self.base, self.preset = cfg, recipes.preset_of(cfg)
+        self.data = Held(data, self.preset)
+
+    # Training.
+
+    def recipe(self, cfg: Any, seed: int) -> DiTRecipe:
+        """A stage's recipe for one seed."""
+        cfg = ml_collections.ConfigDict(cfg.to_dict())
+        cfg.seed = seed
+        made = DiTRecipe(cfg, self.preset)
+        made.__dict__["data"] = self.data
+        return made
+
+    def shortened(self, cfg: Any) -> Any:
+        """A stage with all numbers of steps scaled, for a quick look."""
+        if self.scale == 1:
+            return cfg
+        times = lambda n: max(8, round(n * self.scale))  # noqa: E731
+        with cfg.unlocked():
+            cfg.steps, cfg.warmup_steps = times(cfg.steps), 2
+            for key in ("stages", "tasks", "learning_rates"):
+                cfg[key] = tuple((times(until), what) for until, what in cfg[key])
+        return cfg
+
+    def stage(self, name: str, cfg: Any, start: Any, rejected: Any = None) -> Any:
+        """The moving averages of a stage, stacked over seeds; trained unless they are kept from before."""
+        cfg = self.shortened(cfg)
+        some = [self.recipe(cfg, seed) for seed in range(self.seeds)]
+        path = self.out / "stages" / f"{name}.safetensors"
+        if path.exists():
+            return checkpoint.load_params(path)
+        constants: dict[str, Any] = {}
+        if cfg.objective != SFT:
+            constants = {"reference": start}
+            for recipe, negative in zip(some, rejected, strict=True):
+                recipe.__dict__["_negatives"] = negative
+        optimizer = train_state.make_optimizer(cfg)
+        params = stack([recipe.init() for recipe in some]) if start is None else start
+        state = jax.vmap(lambda p, seed: train_state.init_state(p, optimizer, seed))(params, np.arange(self.seeds))
+        restarts = schedule.joins(cfg.tasks, cfg.steps) if cfg.inter_task_ema else ()
+        update = train_state.make_update(some[0].loss, optimizer, cfg.ema_decay, 1, restarts)
+        step_fn = train_state.make_step(jax.vmap(update, in_axes=(0, 0, 0)))
+        started = time.monotonic()
+        for step in range(1, cfg.steps + 1):
+            batch = stack([recipe.batch(step) for recipe in some])
+            state, metrics_ = step_fn(state, constants, batch)
+            if step % 50 == 0 or step == cfg.steps:
+                rate = step / (time.monotonic() - started)
+                loss = np.asarray(metrics_["loss"])
+                more = f" ahead of reference {mean_of(metrics_, 'error_over_reference')}" if constants else ""
+                print(f"  {name} {step}/{cfg.steps} {rate:.2f} steps/s loss {np.round(loss, 4)}{more}", flush=True)
+        average = jax.device_get(state.ema)
+        checkpoint.save_params(path, average)
+        return average
+
+    def train(self, row: Row) -> Any:
+        """A row's weights, stacked over seeds. Stages that rows have in common are trained once."""
+        params = self.stage(f"base_{digest(self.base)}", self.base, None)
+        params = {**params, "dit": jax.vmap(silent)(params["dit"])}
+        cfg = puppet_full_cycle.get_config()
+        cfg.data = self.base.data
+        row.change(cfg)
+        done: list[Any] = [self.base.to_dict()]
+        for _, stage in cycle.stage_configs(cfg, pathlib.Path("x")):
+            rejected = None
+            if stage.objective != SFT:
+                rejected = [self.rejected(params, seed, stage) for seed in range(self.seeds)]
+            done.append(stage.to_dict())
+            params = self.stage(digest([done, self.seeds, self.scale]), stage, params, rejected)
+        return params
+
+    def rejected(self, params: Any, seed: int, stage: Any) -> negatives.Negatives:
+        """Clips that the weights of a seed make anew, the worst of them for the stage's issue."""
+        recipe = self.recipe(stage, seed)
+        pipe = recipe.make_pipeline(one(params, seed))
+        numbers = np.random.default_rng([seed, stage.steps]).permutation(len(self.data))[:NEGATIVES]
+        some, made, scores = self.data.examples(numbers), [], []
+        for first in range(0, len(numbers), BATCH):
+            part = some[first : first + BATCH]
+            latents = negatives.generate(pipe, SamplingOptions(**stage.sampling), part, "i2v", 1000 * seed + first)
+            made += list(latents)
+            for example, video in zip(part, evaluation.decode(pipe, latents.astype(np.float32)), strict=True):
+                scores.append(metrics.score_clip(video, negatives.puppet_of(example["id"].decode(), len(video))))
+        bad = negatives.worst(scores, stage.issue, 0.25)
+        rows = [{**some[k], "latents": made[k], negatives.TRUE: some[k]["latents"]} for k in bad]
+        return negatives.Negatives(rows, ["i2v"] * len(bad), [str(numbers[k]) for k in bad])
+
+    # Measuring.
+
+    def measure(self, key: str) -> list[dict[str, float]]:
+        """A row's measures, one a seed; kept from before if they are."""
+        path = self.out / f"{key}.json"
+        if path.exists():
+            return json.loads(path.read_text())
+        started, row = time.monotonic(), ROWS[key]
+        params = self.train(row)
+        cfg = puppet_full_cycle.get_config()
+        cfg.data = self.base.data
+        row.change(cfg)
+        options = SamplingOptions(**{**WINDOWS, **PNG, **row.sampling})
+        found = [
+            self.score(self.recipe(cfg, seed).make_pipeline(one(params, seed)), options) for seed in range(self.seeds)
+        ]
+        with atomic_path(path) as temporary:
+            temporary.write_text(json.dumps(found, indent=1))
+        print(f"{key}: {time.monotonic() - started:.0f} s", flush=True)
+        return found
+
+    def score(self, pipe: Pipeline, options: SamplingOptions) -> dict[str, float]:
+        """The measures of one set of weights."""
+        rows, videos, truth = [], [], []
+        at = seams(options.long_video, FRAMES, options)
+        for k in range(CLIPS):
+            clip = clips.make_clip("heldout", FIRST_CLIP + k, FRAMES)
+            true = np.asarray(clip.render(self.preset.height))
+            request = Request(media.to_uint8(true[0]), clip.wave, clip.prompt, frames=FRAMES, seed=k)
+            video = scaled(pipe.generate(request, options).frames)
+            scores = metrics.score_clip(video, clip)
+            rows.append({**scores, "seam": metrics.seam_error(video, clip, at)})
+            videos.append(video)
+            truth.append(true)
+        means = evaluation.means(rows)
+        return {**means, "distance": metrics.frechet_distance(videos, truth)}
+
+
+def stack(trees: Sequence[Any]) -> Any:
+    """Trees of seeds -> one tree with an axis of seeds in front."""
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
+
+
+def one(params: Any, seed: int) -> Any:
+    """A seed's weights."""
+    return jax.tree.map(lambda leaf: leaf[seed], params)
+
+
+def mean_of(metrics_: dict[str, Any], name: str) -> np.ndarray:
+    """A mean of every seed."""
+    return np.round(np.asarray(metrics_[name].total / metrics_[name].count), 4)
+
+
+def silent(params: Any) -> Any:
+    """As training.starts.silent."""
+    from emv3_jax.training import starts
+
+    return starts.silent(params)
+
+
+def digest(value: Any) -> str:
+    """Of a config or a list of them."""
+    value = value.to_dict() if isinstance(value, ml_collections.ConfigDict) else value
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def table(out: pathlib.Path) -> str:
+    """The rows that have been measured."""
+    lines = [
+        "| row | "
+        + " | ".join(f"{name} ({way})" for name, way in MEASURES.items())
+        + " | paper: Sync-C, FVD, ID, HAT |",
+        "| --- " * (len(MEASURES) + 2) + "|",
+    ]
+    for key, row in ROWS.items():
+        if not (path := out / f"{key}.json").exists():
+            continue
+        seeds = json.loads(path.read_text())
+        cells = []
+        for name in MEASURES:
+            values = np.array([seed[name] for seed in seeds])
+            cells.append(f"{values.mean():.3f} ± {values.std(ddof=1) if len(values) > 1 else 0:.3f}")
+        lines.append(f"| {row.title} | {' | '.join(cells)} | {', '.join(map(str, row.paper))} |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rows", nargs="*", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--data", default="data/puppets33")
+    parser.add_argument("--out", type=pathlib.Path, required=True)
+    parser.add_argument("--scale", type=float, default=1.0, help="of all numbers of steps, for a quick look")
+    args = parser.parse_args()
+    command_line.setup_compile_cache()
+    if args.rows:
+        bench = Bench(args.out, args.data, args.seeds, args.scale)
+        for key in args.rows:
+            bench.measure(key)
+    print(table(args.out))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

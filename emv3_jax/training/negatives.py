@@ -1,0 +1,228 @@
+"""Samples a checkpoint for Negative DPO: python -m emv3_jax.training.negatives --config configs/NAME.py --weights DIR --out DIR
+
+Clips of the training data are made anew from their prompts, voices and first frames, by the weights that Negative DPO
+will refer to. They lie in a review folder: a video each to look at (python -m emv3_jax.training.review FOLDER), and
+the arrays that training needs. Clips of puppets may be judged by the measures of the small world instead:
+--judge metrics. A run that was interrupted goes on when the same command is given again.
+"""
+
+import json
+import pathlib
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from emv3_jax import command_line, conditioning, pipeline
+from emv3_jax.config import Preset
+from emv3_jax.data import examples
+from emv3_jax.data.dataset import Dataset
+from emv3_jax.data.examples import Example
+from emv3_jax.errors import UserError
+from emv3_jax.files import atomic_path
+from emv3_jax.options import SamplingOptions
+from emv3_jax.puppets import clips, evaluation, metrics
+from emv3_jax.training import verdicts
+
+TRUE = "true_latents"  # of the clip that a sample was made after, for paired preferences
+
+# How the small world's measures say what a reviewer would: of puppets, the larger the worse.
+JUDGES: dict[str, Callable[[dict[str, float]], float]] = {
+    "lips": lambda scores: -scores["sync"],
+    "motion": lambda scores: -scores["motion"] - 0.01 * scores["psnr"],
+    "identity": lambda scores: scores["identity"],
+    "background": lambda scores: scores["drift"],
+}
+
+
+class Negatives:
+    """Examples that were rejected, by number.
+
+    Args:
+      rows: rejected samples, with `true_latents` beside `latents`.
+      names: the task of each.
+      ids: what they are called.
+    """
+
+    def __init__(self, rows: Sequence[Example], names: Sequence[str], ids: Sequence[str]):
+        self.rows, self.names, self._ids = rows, names, ids
+
+    @classmethod
+    def read(cls, folder: str, issue: str) -> "Negatives":
+        """Those of a review folder that were rejected; issue: for this alone, or "" for any.
+
+        Raises:
+          UserError: no such folder, nothing was rejected, or arrays are missing or damaged.
+        """
+        judged = verdicts.read_verdicts(folder)
+        chosen = [
+            row for row in verdicts.read_clips(folder)
+            if (verdict := judged.get(row["id"])) and verdict.verdict == "reject" and issue in ("", verdict.issue)
+        ]  # fmt: skip
+        if not chosen:
+            what = f"for {issue}" if issue else "at all"
+            raise UserError(
+                f"nothing in {folder} was rejected {what}: review it (python -m emv3_jax.training.review {folder})"
+            )
+        rows = [_read(pathlib.Path(folder) / f"{row['id']}.npz") for row in chosen]
+        return cls(rows, [row["task"] for row in chosen], [row["id"] for row in chosen])
+
+    def _picked(self, seed: int, step: int, size: int) -> np.ndarray:
+        return np.random.default_rng([seed, step, 0x4E]).choice(len(self.rows), size, replace=size > len(self.rows))
+
+    def ids(self, seed: int, step: int, size: int) -> list[str]:
+        """Of a step's batch."""
+        return [self._ids[k] for k in self._picked(seed, step, size)]
+
+    def examples(self, seed: int, step: int, size: int, paired: bool) -> tuple[list[Example], list[str]]:
+        """A step's negatives and their tasks; paired: after the true clips that they were made after."""
+        rows = [self.rows[k] for k in self._picked(seed, step, size)]
+        names = [self.names[k] for k in self._picked(seed, step, size)]
+        if paired:
+            return [{**row, "latents": row[TRUE]} for row in rows] + rows, names * 2
+        return rows, names
+
+
+def _read(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        with np.load(path) as arrays:
+            return {name: arrays[name] if arrays[name].ndim else arrays[name].item() for name in arrays.files}
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path} is missing or damaged ({error}): sample the clips again") from error
+
+
+def inputs(preset: Preset, some: Sequence[Example], task: str, words: Any) -> tuple[conditioning.Prepared, np.ndarray]:
+    """What `Pipeline.sample_latents` is given to make examples of one size anew."""
+    batch = examples.batch(some, [task] * len(some), preset.vae.video_frames(len(some[0]["latents"])), preset)
+    ids, mask = words.encode([examples.text_of(example["caption"]) for example in some])
+    pixels = np.stack([example["image"] for example in some]).astype(np.float32) / 127.5 - 1.0
+    prepared = conditioning.Prepared(ids, mask, pixels, batch["has_image"], batch["audio"], batch["face_mask"])
+    return prepared, batch["given"]
+
+
+def generate(
+    pipe: pipeline.Pipeline, options: SamplingOptions, some: Sequence[Example], task: str, seed: int
+) -> np.ndarray:
+    """Latents [B, T, h, w, 16] float16 of examples of one size, made anew; seed: of the first one's noise."""
+    prepared, given = inputs(pipe.preset, some, task, pipe.words)
+    size = tuple(8 * side for side in some[0]["latents"].shape[1:3])
+    frames = pipe.preset.vae.video_frames(len(some[0]["latents"]))
+    noise = np.concatenate([pipe.noise(seed + k, frames, size) for k in range(len(some))])
+    return np.asarray(pipe.sample_latents(prepared, given, noise, options), np.float16)
+
+
+def puppet_of(name: str, frames: int) -> clips.Clip:
+    """The clip of a puppets' example by its identifier, SPLIT/NUMBER.
+
+    Raises:
+      UserError: it is none.
+    """
+    split, _, number = name.partition("/")
+    if split not in ("train", "heldout") or not number.isdecimal():
+        raise UserError(f"the clip {name!r} is no puppet, so no measure can judge it: let a person (--judge person)")
+    return clips.make_clip(split, int(number), frames)
+
+
+def worst(scores: Sequence[dict[str, float]], issue: str, share: float) -> list[int]:
+    """Numbers of the clips that a judge rejects for an issue: the worst share, at least one."""
+    order = sorted(range(len(scores)), key=lambda k: -JUDGES[issue](scores[k]))
+    return sorted(order[: max(1, round(share * len(order)))])
+
+
+def sample(
+    pipe: pipeline.Pipeline, options: SamplingOptions, data: Dataset, folder: pathlib.Path, count: int, task: str,
+    batch: int, seed: int,
+) -> None:  # fmt: skip
+    """Makes `count` clips of a dataset anew into a review folder; those that are there already are kept."""
+    folder.mkdir(parents=True, exist_ok=True)
+    numbers = np.random.default_rng([seed, 0x6E]).permutation(len(data))[:count]
+    rows: list[dict[str, Any]] = []
+    by_size: dict[Any, list[int]] = {}
+    for number in numbers:
+        by_size.setdefault(tuple(data.record["clips"][number][1:]), []).append(int(number))
+    for some in by_size.values():
+        for first in range(0, len(some), batch):
+            part = some[first : first + batch]
+            names = [f"{number:06d}" for number in part]
+            if not all((folder / f"{name}.npz").exists() for name in names):
+                _make(pipe, options, data, folder, part, names, task, seed)
+            rows += [
+                {"id": name, "video": f"{name}.mp4", "task": task, "clip": data.id(number), "seed": seed + number,
+                 "prompt": examples.text_of(data.examples([number])[0]["caption"])}
+                for name, number in zip(names, part, strict=True)
+            ]  # fmt: skip
+            print(f"{len(rows)} of {len(numbers)} clips sampled: {folder}", flush=True)
+    with atomic_path(folder / verdicts.CLIPS) as path:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def _make(
+    pipe: pipeline.Pipeline, options: SamplingOptions, data: Dataset, folder: pathlib.Path, numbers: list[int],
+    names: list[str], task: str, seed: int,
+) -> None:  # fmt: skip
+    from emv3_jax.media import VideoWriter, to_uint8
+
+    some = data.examples(numbers)
+    latents = generate(pipe, options, some, task, seed + numbers[0])
+    videos = evaluation.decode(pipe, latents.astype(np.float32))
+    for name, example, made, video in zip(names, some, latents, videos, strict=True):
+        wave, (_, height, width, _) = example["wave"].astype(np.float32) / 32767, video.shape
+        scale = max(1, 384 // height)
+        with VideoWriter(folder / f"{name}.mp4", height, width, wave=wave, scale=scale) as writer:
+            writer.write(to_uint8(video))
+        arrays = {**example, "latents": made, TRUE: example["latents"], "caption": examples.text_of(example["caption"])}
+        arrays["id"] = examples.text_of(example["id"])
+        with atomic_path(folder / f"{name}.npz") as path, open(path, "wb") as file:
+            np.savez(file, **arrays)
+
+
+def judge(pipe: pipeline.Pipeline, folder: pathlib.Path, issue: str, share: float) -> int:
+    """Lets the small world's measures reject the worst share of a review folder for an issue; returns how many."""
+    rows = verdicts.read_clips(folder)
+    scores = []
+    for row in rows:
+        arrays = _read(folder / f"{row['id']}.npz")
+        video = evaluation.decode(pipe, np.asarray(arrays["latents"], np.float32)[None])[0]
+        scores.append(metrics.score_clip(video, puppet_of(row["clip"], len(video))))
+    rejected = set(worst(scores, issue, share))
+    for number, row in enumerate(rows):
+        bad = number in rejected
+        verdicts.add_verdict(folder, row["id"], "reject" if bad else "keep", issue if bad else None)
+    return len(rejected)
+
+
+def main(arguments: list[str]) -> int:
+    """Parses the command line, samples, judges."""
+    parser = command_line.make_parser("emv3_jax.training.negatives", __doc__)
+    parser.add_argument("--weights", required=True, help="a folder that train.py wrote, or converted weights")
+    parser.add_argument("--out", required=True, type=pathlib.Path, help="the review folder")
+    parser.add_argument("--clips", type=int, default=64, help="how many to make (default: 64)")
+    parser.add_argument("--batch", type=int, default=1, help="made at once, as memory allows (default: 1)")
+    parser.add_argument("--task", choices=examples.TRAINED_TASKS, default="i2v", help="(default: i2v)")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of clips and of the noise (default: 0)")
+    parser.add_argument("--judge", choices=("person", "metrics"), default="person", help="(default: person)")
+    parser.add_argument("--issue", choices=sorted(JUDGES), default="lips", help="what measures look at (default: lips)")
+    parser.add_argument("--share", type=float, default=0.25, help="of the clips that measures reject (default: 0.25)")
+    options, cfg = command_line.parse(parser, arguments)
+    if min(options.clips, options.batch) < 1 or not 0 < options.share <= 1:
+        raise UserError("--clips and --batch must be 1 or more, --share above 0 and at most 1")
+    command_line.setup_compile_cache()
+
+    from emv3_jax.training import recipes
+
+    recipe = recipes.build(cfg)
+    data = Dataset(cfg.data, recipe.preset)
+    pipe = recipe.make_pipeline(pipeline.load_models(recipe.preset, options.weights, recipe.trained))
+    sampling = SamplingOptions(**cfg.sampling)
+    sample(pipe, sampling, data, options.out, options.clips, options.task, options.batch, options.seed)
+    if options.judge == "metrics":
+        count = judge(pipe, options.out, options.issue, options.share)
+        print(f"{count} of {len(verdicts.read_clips(options.out))} rejected for {options.issue}", flush=True)
+    else:
+        print(f"now look at them: python -m emv3_jax.training.review {options.out}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(command_line.run_main(main))
