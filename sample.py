@@ -45,8 +45,7 @@ def main(arguments: list[str]) -> int:
     else:
         if options.sheet is None and options.out == "out/demo.mp4":
             options.sheet = "out/demo.png"
-        names = [name for name in manifest.COLUMNS if name != "frames"]
-        row = {name: value for name in names if (value := getattr(options, name)) is not None}
+        row = {name: value for name in manifest.OPTIONS if (value := getattr(options, name)) is not None}
         job = manifest.checked_job(row)
         media.check_writable(job.out, (".mp4",))
         if job.sheet:
