@@ -6,7 +6,8 @@ python sample.py --manifest jobs.jsonl
 
 With the demo's config, a picture, a voice and a prompt that are not given are its own. Beside the video stands a JSON
 file that says how it was made. A manifest is a .jsonl or .csv file, a row a video, whose columns are named like the
-options below (image, audio, prompt, seed, task, out, ...) or like keys of the config's section sampling (steps, ...).
+options below (image, audio, prompt, seed, task, out, ...), like keys of the config's section sampling (steps, ...), or
+frames or match_colours.
 """
 
 import pathlib
@@ -45,8 +46,7 @@ def main(arguments: list[str]) -> int:
     else:
         if options.sheet is None and options.out == "out/demo.mp4":
             options.sheet = "out/demo.png"
-        names = [name for name in manifest.COLUMNS if name != "frames"]
-        row = {name: value for name in names if (value := getattr(options, name)) is not None}
+        row = {name: value for name in manifest.OPTIONS if (value := getattr(options, name)) is not None}
         job = manifest.checked_job(row)
         media.check_writable(job.out, (".mp4",))
         if job.sheet:

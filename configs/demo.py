@@ -26,6 +26,7 @@ def get_config() -> ml_collections.ConfigDict:
             "face": "none",  # where the voice acts, where --face does not say: everywhere
             "frames": 0,  # 4k + 1; 0: as long as the sound
             "fps": 0.0,  # lipsync: frames a second of what is written; 0: those of the given video
+            "match_colours": False,  # not for lipsync: move the colours of every frame to those of the first
             "enlarge": 6,  # the video is so many times larger than the model's pictures
             # how the velocity is followed
             "sampling": {

@@ -28,6 +28,7 @@ def get_config() -> ml_collections.ConfigDict:
             "face": "detect",  # where the voice acts, where --face does not say: on the face that is found
             "frames": 0,  # 4k + 1; 0: as long as the sound
             "fps": 0.0,  # lipsync: frames a second of what is written; 0: those of the given video
+            "match_colours": False,  # not for lipsync: move the colours of every frame to those of the first
             "enlarge": 1,
             # how the velocity is followed
             "sampling": {

@@ -88,6 +88,7 @@ def request_of(job: Job, cfg: Any) -> Request:
         video=job.video,
         mouth=job.mouth,
         fps=cfg.fps or None,
+        match_colours=cfg.match_colours if job.match_colours is None else job.match_colours,
     )
 
 

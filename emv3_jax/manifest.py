@@ -10,7 +10,8 @@ from emv3_jax import media
 from emv3_jax.errors import UserError
 from emv3_jax.files import PathLike, check_readable
 
-COLUMNS = ("image", "last_image", "video", "audio", "prompt", "task", "face", "mouth", "seed", "out", "sheet", "frames")
+OPTIONS = ("image", "last_image", "video", "audio", "prompt", "task", "face", "mouth", "seed", "out", "sheet")
+COLUMNS = (*OPTIONS, "frames", "match_colours")  # those without an option are keys of the config
 FILES = {"image": "image", "last_image": "last image", "video": "video", "audio": "recording"}
 FACES = ("none", "detect", "largest")
 
@@ -31,6 +32,7 @@ class Job:
     seed: int = 0
     frames: int = 0
     sheet: str | None = None
+    match_colours: bool | None = None
     sampling: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -102,6 +104,8 @@ def checked_job(row: Mapping[str, Any]) -> Job:
         value = values.get(name, 0)
         if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= top:
             raise UserError(f"{_option(name)} must be between 0 and {top}, got {value}")
+    if not isinstance(values.get("match_colours", False), bool):
+        raise UserError(f"match_colours must be true or false, got {values['match_colours']!r}")
     if "face" in values:
         values["face"] = parse_face(values["face"])
     if "mouth" in values:

@@ -70,6 +70,8 @@ def stream(
         frames = run.chained(on_step)
     else:
         frames = _first(ready.frames, run.decode(run.follow(run.whole(), windows, on_step)))
+    if ready.match_colours:
+        frames = media.matched_to_first(frames)
     yield from frames if ready.video is None else run.dubbed(frames)
     shutil.rmtree(folder, ignore_errors=True)
 

@@ -26,7 +26,8 @@ class Request:
     path to a .npy file (`media.load_face_box`); "detect", "largest" or a number: a face that is found
     (`media.choose_face`); None: everywhere. Noise follows from the seed. task: one of MAKES.
     last_image: flf2v, as image. video: lipsync, a path, of which only the box `mouth` (pixels of the video) changes.
-    fps: lipsync, frames a second of the result; None: those of the video.
+    fps: lipsync, frames a second of the result; None: those of the video. match_colours: not for lipsync, every frame's
+    colours are moved to those of the first (`media.colours`), after all sampling.
     """
 
     image: Any = None
@@ -40,6 +41,7 @@ class Request:
     video: str | os.PathLike | None = None
     mouth: Box | None = None
     fps: float | None = None
+    match_colours: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +63,7 @@ class Ready:
     mouth: tuple[int, int, int, int] | None = None  # the box that changes, in pixels of the video
     mouth_made: Box | None = None  # and in those of the generated pictures
     fps: float = FPS  # of the result
+    match_colours: bool = False  # of all frames to the first
 
     @property
     def size(self) -> tuple[int, int]:
@@ -194,6 +197,7 @@ def read_request(request: Request, preset: Preset, words: Any = None) -> Ready:
         mouth=mouth,
         mouth_made=mouth_made,
         fps=request.fps or (video.fps if video is not None else FPS),
+        match_colours=request.match_colours,
     )
 
 
@@ -215,6 +219,8 @@ def _check_task(request: Request) -> None:
         raise UserError(f"fps must be from 1 to 120, got {request.fps:g}")
     if request.task == "t2v" and request.face is not None:
         raise UserError("the task t2v takes no face box: there is no picture to find it in")
+    if request.task == "lipsync" and request.match_colours:
+        raise UserError("the task lipsync takes no match_colours: the mouth has the colours of its own video")
 
 
 def _read_image(image: Any, notes: list[str]) -> np.ndarray:

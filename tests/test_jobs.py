@@ -65,6 +65,11 @@ def test_rows_are_made_skipped_and_reported(files, capsys):
     assert run("jobs.jsonl") == 0  # the first is finished, the second has another seed
     assert "2 rows: 1 made, 1 were finished, 0 failed" in capsys.readouterr().out
 
+    (files / "jobs.jsonl").write_text("\n".join(json.dumps(row) for row in [good, {**good, "match_colours": True}]))
+    assert run("jobs.jsonl") == 0
+    assert "2 rows: 2 made, 0 were finished, 0 failed" in capsys.readouterr().out
+    assert json.loads((files / "a.json").read_text())["job"]["match_colours"] is True
+
 
 def test_a_csv_has_the_same_columns(tmp_path):
     path = tmp_path / "jobs.csv"
@@ -105,6 +110,7 @@ def test_options_of_one_video_do_not_go_with_a_manifest(files, capsys):
         ({"out": "a.mp4", "seed": "x"}, "--seed must be between 0 and 4294967295, got x"),
         ({"out": "a.mp4", "seed": True}, "--seed must be between"),
         ({"out": "a.mp4", "frames": -1}, "--frames must be between"),
+        ({"out": "a.mp4", "match_colours": 1}, "match_colours must be true or false, got 1"),
         ({"out": "a.mp4", "face": [1, 2, 3]}, "--face must be four numbers"),
         ({"out": "a.mp4", "mouth": "1,2,3"}, "--mouth must be four numbers"),
     ],

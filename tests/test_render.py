@@ -246,6 +246,10 @@ def test_lip_sync_of_a_long_video(tiny_pipeline, filmed):
         ({"task": "lipsync", "image": None}, "the task lipsync needs video"),
         ({"task": "t2v", "image": None, "face": (0, 9, 0, 9)}, "the task t2v takes no face box"),
         ({"mouth": (0, 9, 0, 9)}, "the task i2v takes no mouth"),
+        (
+            {"task": "lipsync", "image": None, "video": "a.mp4", "mouth": (0, 9, 0, 9), "match_colours": True},
+            "the task lipsync takes no match_colours",
+        ),
     ],
 )
 def test_a_task_is_given_what_it_needs(tiny, changes, message):
@@ -272,6 +276,41 @@ def test_an_interrupted_render_gives_the_same_video(tiny_pipeline, tmp_path):
     again = list(tiny_pipeline.stream(ready, options, lambda i, n: done.append(i), folder))
     assert done == [3, 4] and not folder.exists()
     np.testing.assert_array_equal(np.concatenate(again), whole)
+
+
+@pytest.mark.parametrize("form", ["cfg", "chained"])
+def test_matched_colours_are_those_of_the_first_frame_and_nothing_else_changes(tiny_pipeline, form, monkeypatch):
+    options = dataclasses.replace(OPTIONS, long_video=form, window=13)
+    made = tiny_pipeline.generate(ask(25, match_colours=True), options).frames
+
+    def never(pieces):
+        raise AssertionError("off by default")
+
+    monkeypatch.setattr(media, "matched_to_first", never)
+    plain = tiny_pipeline.generate(ask(25), options).frames
+    monkeypatch.undo()
+    np.testing.assert_array_equal(made[0], plain[0])
+    np.testing.assert_array_equal(made, np.concatenate(list(media.matched_to_first([plain]))))
+    assert difference(made, plain) > 2
+
+
+def test_an_interrupted_render_has_the_same_matched_colours(tiny_pipeline, tmp_path):
+    """Latents know nothing of it: a render that began without may go on with matched colours."""
+    options = dataclasses.replace(OPTIONS, window=13)
+    whole = video(tiny_pipeline, ask(25, match_colours=True), options)
+
+    def never(done: int, total: int) -> None:
+        raise AssertionError("all steps were done")
+
+    for began_with in (True, False):
+        begun = tiny_pipeline.stream(
+            read_request(ask(25, match_colours=began_with), tiny_pipeline.preset), options, None, tmp_path / "render"
+        )
+        next(begun), next(begun)  # broken off while frames are decoded
+        begun.close()
+        assert (tmp_path / "render").is_dir()
+        again = video(tiny_pipeline, ask(25, match_colours=True), options, folder=tmp_path / "render", on_step=never)
+        np.testing.assert_array_equal(again, whole)
 
 
 def test_released_mode_stretches_and_floors(tiny):

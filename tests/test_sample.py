@@ -126,6 +126,10 @@ def test_what_is_not_given_is_the_demos_own():
         manifest.Job("a.mp4", "a.png", None, None, "a.wav", "A puppet nods.", face=(0, 1, 2, 3)), cfg
     )
     assert (given.image, given.audio, given.prompt, given.face) == ("a.png", "a.wav", "A puppet nods.", (0, 1, 2, 3))
+    assert not request.match_colours and jobs.request_of(manifest.Job("a.mp4", match_colours=True), cfg).match_colours
+    matching = command_line.load_config(DEMO_CONFIG, {"match_colours": "true"})
+    assert jobs.request_of(manifest.Job("a.mp4"), matching).match_colours
+    assert not jobs.request_of(manifest.Job("a.mp4", match_colours=False), matching).match_colours
     with pytest.raises(UserError, match="config key puppet must be 0 or more, got -1"):
         demo.portrait(-1, 64)
 
@@ -153,6 +157,13 @@ def test_a_video_and_a_sheet_are_made(tiny_words, files, capsys):
     frames, fps, wave = media.read_video(files / "talk.mp4")
     assert frames.shape == (5, 64, 64, 3) and fps == 25 and wave is not None
     assert media.load_image(files / "sheet.png")[0].size > 0
+    assert record["config"]["match_colours"] is False
+    plain = frames
+
+    assert command_line.run_main(sample.main, [*tiny_words, "--config.match_colours=true"]) == 0
+    assert json.loads((files / "talk.json").read_text())["config"]["match_colours"] is True
+    frames, _, _ = media.read_video(files / "talk.mp4")
+    assert np.abs(frames[1:].astype(int) - plain[1:]).max() > 10
 
 
 @pytest.mark.usefixtures("quick_compile")

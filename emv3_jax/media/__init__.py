@@ -2,6 +2,7 @@
 
 from emv3_jax.files import atomic_path, check_readable, check_writable
 from emv3_jax.media.audio import check_wave, load_audio, load_recording, resample
+from emv3_jax.media.colours import matched_to_first
 from emv3_jax.media.face_box import load_face_box
 from emv3_jax.media.face_detector import choose_face, detect_faces
 from emv3_jax.media.image import check_image, cut_and_scale, fit_image, load_image, to_uint8
@@ -25,6 +26,7 @@ __all__ = [
     "load_face_box",
     "load_image",
     "load_recording",
+    "matched_to_first",
     "read_video",
     "resample",
     "sheet_frames",
