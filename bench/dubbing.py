@@ -15,9 +15,9 @@ import numpy as np
 
 from emv3_jax import media
 from emv3_jax.config import DEMO
-from emv3_jax.puppets.requests import mouth_region
 from emv3_jax.pipeline import Pipeline, Request, load_pipeline
 from emv3_jax.puppets import clips, metrics
+from emv3_jax.puppets.requests import mouth_region
 from emv3_jax.request import scaled
 
 FIRST_CLIP, OTHER_VOICE = 4000, 4100  # numbers that no other benchmark uses

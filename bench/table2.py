@@ -1,9 +1,9 @@
-"""Table 2 of the paper in miniature, on puppets: python -m bench.table2 [--rows full schedule_a ...] [--seeds 3] --out DIR
+"""Table 2 of the paper in miniature, on puppets: python -m bench.table2 --out DIR [--rows full schedule_a ...]
 
-Every row is a small model of its own, trained from one base model by configs/puppet_full_cycle.py with one thing changed,
-for several seeds side by side (vmap). What was trained and measured is kept in DIR, stage by stage and row by row, and
-not done again: the same command goes on where it was stopped. The table of all rows that are there is printed at the
-end, with the paper's numbers beside; `--rows` alone prints it.
+Every row is a small model of its own, trained from one base model by configs/puppet_full_cycle.py with one thing
+changed, for several seeds side by side (vmap). What was trained and measured is kept in DIR, stage by stage and row by
+row, and not done again: the same command goes on where it was stopped. The table of all rows that are there is printed
+at the end, with the paper's numbers beside; `--rows` alone prints it.
 
     python -m emv3_jax.data.prepare --puppets train --clips 448 --frames 33 --preset demo --out data/puppets33
     python -m bench.table2 --out runs/table2

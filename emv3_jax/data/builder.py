@@ -19,7 +19,6 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from emv3_jax.config import Preset
 from emv3_jax.data import examples
 from emv3_jax.data.extract import Extractor, RawClip
 from emv3_jax.errors import UserError
@@ -114,7 +113,9 @@ def _check_plan(folder: Path, plan: dict[str, Any]) -> None:
     try:
         there = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({error}): delete {folder} and begin anew, or give another --out") from error
+        raise UserError(
+            f"{path} is damaged ({error}): delete {folder} and begin anew, or give another --out"
+        ) from error
     here = json.loads(json.dumps(plan))
     different = [key for key in {**there, **here} if there.get(key) != here.get(key)]
     if different:

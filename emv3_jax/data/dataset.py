@@ -72,8 +72,8 @@ class Dataset:
 class Plan:
     """Which clips are in the batch of which step: every clip of a size once before one of them comes again.
 
-    A function of its arguments alone, so a resumed run sees what an uninterrupted one would have seen, and every process
-    of many knows what the others read.
+    A function of its arguments alone, so a resumed run sees what an uninterrupted one would have seen, and every
+    process of many knows what the others read.
 
     Args:
       buckets: numbers of clips by size.

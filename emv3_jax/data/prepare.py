@@ -1,7 +1,7 @@
 """Makes training data of films or puppets: python -m emv3_jax.data.prepare --videos DIR --weights DIR --out DIR
 
     python -m emv3_jax.data.prepare --videos films --preset preview --weights weights --out data/films
-    python -m emv3_jax.data.prepare --puppets train --clips 832 --preset demo --weights runs/demo_vae/weights --out data/puppets
+    python -m emv3_jax.data.prepare --puppets train --clips 832 --preset demo --out data/puppets
 
 Films are cut into clips of 25 frames a second, cropped and scaled to the preset's area in few sizes, and seen by the
 frozen models: latents of the clip and of what each task is given of it, sound features, states of text and image. The
@@ -41,15 +41,17 @@ def make_parser() -> command_line.Parser:
     parser.add_argument("--weights", metavar="DIR", help="of the frozen models (default: the shipped weights)")
     parser.add_argument("--frames", type=int, nargs="+", help="lengths of clips (default: the preset's longest)")
     parser.add_argument("--shards", type=int, help="(default: one for every 64 clips or 16 films)")
-    parser.add_argument("--process", default="0/1", metavar="I/N", help="this one's share of the shards (default: 0/1)")
+    parser.add_argument("--process", default="0/1", metavar="I/N", help="its share of the shards (default: 0/1)")
     parser.add_argument("--clips", type=int, default=64, help="puppets: how many (default: 64)")
     parser.add_argument("--caption", help="films: the caption of those that have none")
     parser.add_argument(
         "--face", choices=("one", "largest", "none"), default="one", help="films: which to take (default: one, or drop)"
     )
     parser.add_argument("--subtitle-band", type=float, default=0.0, help="films: share cut off at the bottom")
-    parser.add_argument("--sync-model", default="", metavar="MODULE:FUNCTION",
-                        help="films: function(video, wave, face) -> (frames the picture is late, confidence)")  # fmt: skip
+    parser.add_argument(
+        "--sync-model", default="", metavar="MODULE:FUNCTION",
+        help="films: function(video, wave, face) -> (frames the picture is late, confidence)",
+    )  # fmt: skip
     parser.add_argument("--max-offset", type=float, default=3.0, help="films: frames that it may be late or early")
     parser.add_argument("--min-confidence", type=float, default=0.0, help="films: of the sync model, at least")
     return parser

@@ -11,7 +11,7 @@ from emv3_jax.puppets import clips, requests
 
 
 class Puppets:
-    """Clips number 0 to `count` - 1 of a split (builder.Source); the voice acts on the face alone in every other one."""
+    """Clips 0 to `count` - 1 of a split (builder.Source); in every other one the voice acts on the face alone."""
 
     def __init__(self, split: str, count: int, frames: int, size: int):
         self.split, self.count, self.frames, self.size = split, count, frames, size

@@ -23,7 +23,7 @@ from emv3_jax.request import fitted_size
 
 SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".flv", ".wmv")
 QUIET = 1e-3  # of full scale: a clip without a louder sample says nothing
-# sync(video [F, H, W, 3] uint8, wave [n] at 16 kHz, face box or None) -> (frames by which the picture is late, confidence)
+# sync(video [F, H, W, 3] uint8, wave [n] at 16 kHz, face box or None) -> (frames the picture is late, confidence)
 SyncModel = Callable[[np.ndarray, np.ndarray, Box | None], tuple[float, float]]
 
 
@@ -43,7 +43,7 @@ class Rules:
     """How films become clips, and which are left out.
 
     frames: lengths of clips, 4k + 1; a film is cut into as many of the longest as it has, and its rest into the next.
-    face: "one" leaves out clips in which no face or several are found, "largest" takes the largest, "none" does not look.
+    face: "one" leaves out clips in which no face or several are found, "largest" takes the largest, "none" wants none.
     subtitle_band: share of the height that is cut off at the bottom.
     sync_model: MODULE:FUNCTION of a SyncModel, or nothing. max_offset, min_confidence: what it must say of a clip.
     """
@@ -174,7 +174,8 @@ class Films:
         while fitting := [n for n in self.rules.frames if n <= left]:
             count = max(fitting)
             video = np.stack(
-                [media.fit_image(frame[:height], *size)[0] for frame in itertools.islice(frames, count)] or [np.zeros(0)]
+                [media.fit_image(frame[:height], *size)[0] for frame in itertools.islice(frames, count)]
+                or [np.zeros(0)]
             )
             if len(video) < count:
                 break  # a file whose frames end before its length says so

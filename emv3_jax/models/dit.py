@@ -101,6 +101,7 @@ class SelfAttention(nn.Module):
         out = self_attention(q, k, v.reshape(heads))
         return nn.Dense(cfg.width, dtype=cfg.dtype, name="out")(out.reshape(x.shape))
 
+
 # What is kept of a block for the backward pass; the rest is computed again.
 REMAT = {
     "full": None,  # what goes into the block

@@ -34,8 +34,7 @@ def inputs(
     videos = np.stack([np.asarray(clip.render(preset.height)) for clip in batch])
     masks = np.stack([requests.task_mask(task, clip, preset.height, preset.width) for clip in batch])
     rows = [
-        requests.describe(clip, task, preset, video, whole_face=True)
-        for clip, video in zip(batch, videos, strict=True)
+        requests.describe(clip, task, preset, video, whole_face=True) for clip, video in zip(batch, videos, strict=True)
     ]
     noise = np.concatenate([pipeline.noise(seed + i, frames) for i in range(len(batch))])
     return conditioning.stack(rows), pipeline.given_latents(videos, masks), noise

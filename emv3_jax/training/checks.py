@@ -29,6 +29,7 @@ def _is_whole(value: Any) -> bool:
 
 
 def whole(low: int, high: int | None = None) -> Test:
+    """Whole numbers from `low`, up to `high`."""
     words = f"a whole number of {low} or more" if high is None else f"a whole number from {low} to {high}"
     return lambda value: _is_whole(value) and low <= value and (high is None or value <= high), words
 
@@ -38,6 +39,7 @@ def _number(passes: Callable[[float], bool], words: str) -> Test:
 
 
 def one_of(*names: str) -> Test:
+    """One of some names."""
     return lambda value: value in names, "one of " + ", ".join(names)
 
 
@@ -171,7 +173,8 @@ def dit(cfg: Any, preset: Preset) -> list[str]:
     if cfg.objective == "sft" and not cfg.data:
         wrong.append("config key data must be the folder of a dataset (python -m emv3_jax.data.prepare)")
     if cfg.objective != "sft":
-        wrong += [f"config key {key} is needed for {cfg.objective}" for key in ("negatives", "init_from") if not cfg[key]]
+        needed = [key for key in ("negatives", "init_from") if not cfg[key]]
+        wrong += [f"config key {key} is needed for {cfg.objective}" for key in needed]
     if preset.dit.remat and preset.dit.remat not in REMAT:
         wrong.append(f"config key model.remat must be one of {', '.join(REMAT)}, or empty, got {preset.dit.remat!r}")
     for section, read in (("sampling", lambda s: SamplingOptions(**s)), ("phda", PhDAConfig.from_config)):

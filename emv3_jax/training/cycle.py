@@ -40,8 +40,8 @@ def train(cfg: Any, workdir: pathlib.Path) -> int:
     """Runs the stages of `cfg.cycle` that are not done.
 
     Args:
-      cfg: a config of the DiT's recipe with `cycle`: ({"name": ..., changed keys}, ...), and `review`: clips, batch, judge
-        ("person" or "metrics"), share (of the clips that measures reject), task.
+      cfg: a config of the DiT's recipe with `cycle`: ({"name": ..., changed keys}, ...), and `review`: clips, batch,
+        judge ("person" or "metrics"), share (of the clips that measures reject), task.
     Returns:
       As loop.train; 0 too where people are to review first.
     Raises:
@@ -115,6 +115,7 @@ def _reviewed(review: Any, stage: Any, recipe: DiTRecipe) -> bool:
         loop.say(f"{count} clips rejected for {stage.issue}: {folder}")
         return True
     loop.say(
-        f"{len(waiting)} clips wait to be reviewed: python -m emv3_jax.training.review {folder}; then give this command again"
+        f"{len(waiting)} clips wait to be reviewed: python -m emv3_jax.training.review {folder}; then give this command"
+        " again"
     )
     return False

@@ -19,8 +19,8 @@ def rows_here(size: int, mesh: Mesh) -> np.ndarray | None:
     """The rows of a batch that this process's devices hold, in order; None: all of them."""
     if jax.process_count() == 1:
         return None
-    slices = _batch_sharding(size, mesh).addressable_devices_indices_map((size,)).values()
-    return np.unique(np.concatenate([np.arange(size)[rows] for rows, *_ in slices]))
+    places = _batch_sharding(size, mesh).addressable_devices_indices_map((size,)).values()
+    return np.unique(np.concatenate([np.arange(size)[place] for place in places if place is not None]))
 
 
 def place_batch(batch: Any, mesh: Mesh, size: int, rows: np.ndarray | None = None) -> Any:

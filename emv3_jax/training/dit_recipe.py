@@ -207,9 +207,7 @@ class DiTRecipe:
         t, noise, modal = jax.tree.map(lambda x: jnp.tile(x, (x0.shape[0] // count, *(1,) * (x.ndim - 1))),
                                        (t, noise, modal))  # fmt: skip
         cond = self.conditions(weights, batch, keys["drop"] if drop else None)
-        velocity = jnp.asarray(
-            self.dit.apply({"params": weights["dit"]}, flow.add_noise(x0, noise, t), t, cond, modal)
-        )
+        velocity = jnp.asarray(self.dit.apply({"params": weights["dit"]}, flow.add_noise(x0, noise, t), t, cond, modal))
         plain = losses.velocity_errors(velocity, x0, noise)
         return losses.velocity_errors(velocity, x0, noise, self.cfg.motion_gain), plain, t
 
@@ -227,7 +225,7 @@ class DiTRecipe:
         return pipeline.Pipeline(self.preset, collections.ChainMap(weights, self.frozen), self.phda, self.words)
 
     def evaluate(self, params: Any, constants: Any) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-        """Held-out puppets, generated and scored; for presets that know no puppets, a clip of the dataset, generated."""
+        """Held-out puppets, generated and scored; of presets that know none, a clip of the dataset, generated."""
         cfg, weights = self.cfg, self.weights(params, constants)
         pipe, options = self.make_pipeline(weights), SamplingOptions(**cfg.sampling)
         if not examples.encoders_trained(self.preset):
@@ -251,7 +249,7 @@ class DiTRecipe:
         return np.asarray(pipe.generate(request, options).frames)
 
     def export(self, params: Any, constants: Any, folder: pathlib.Path) -> None:
-        """The trained models' weights, adapters merged and beside them; for a preset that is shipped whole, all models."""
+        """The trained models' weights, adapters merged and beside them; of a preset that is shipped whole, all."""
         weights = self.weights(params, constants)
         if self.cfg.adapters:
             scale = np.float32(self.cfg.adapters.scale / self.cfg.adapters.rank)

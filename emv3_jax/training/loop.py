@@ -42,8 +42,8 @@ class Recipe(Protocol):
         """Samples of a step's batch."""
 
     def batch(self, step: int, rows: np.ndarray | None = None) -> Any:
-        """The batch of a step, or some rows of it: a function of the step alone, so that a resumed run sees what it would
-        have seen."""
+        """The batch of a step, or some rows of it: a function of the step alone, so that a resumed run sees what it
+        would have seen."""
 
     def ids(self, step: int) -> list[str]:
         """What the samples of a step's batch are called."""
@@ -67,9 +67,9 @@ def train(recipe: Recipe, cfg: Any, workdir: pathlib.Path) -> int:
     Args:
       recipe: what is trained.
       cfg: optimizer settings (state.make_optimizer) and steps, seed, ema_decay, log_every, eval_every,
-        checkpoint_every, mesh (sharding.from_config), micro_batches, batches_ahead (made before they are needed), minutes
-        (stop after so long, 0: never), bad_steps (stop after so many non-finite steps); of values that checks.run has
-        nothing against.
+        checkpoint_every, mesh (sharding.from_config), micro_batches, batches_ahead (made before they are needed),
+        minutes (stop after so long, 0: never), bad_steps (stop after so many non-finite steps); of values that
+        checks.run has nothing against.
       workdir: checkpoints, metrics.jsonl, TensorBoard events and the exported `weights/`.
     Returns:
       The signal (SIGTERM, SIGINT) that stopped the run before its time, or 0. A stopped run has saved its last step.

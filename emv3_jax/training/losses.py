@@ -72,8 +72,8 @@ def velocity_errors(velocity: jax.Array, x0: jax.Array, noise: jax.Array, motion
 def negative_dpo(errors: jax.Array, reference: jax.Array, beta: float) -> jax.Array:
     """Negative DPO against the reference checkpoint: softplus(-beta·(err - err_ref)), mean over negatives [B].
 
-    In flow matching log pi is -beta times the velocity's squared error up to a constant (SPEC section 5), so the odds of
-    a negative against the reference's are exp(-beta·(err - err_ref)): the loss falls as errors rise, and no further
+    In flow matching log pi is -beta times the velocity's squared error up to a constant (SPEC section 5), so the odds
+    of a negative against the reference's are exp(-beta·(err - err_ref)): the loss falls as errors rise, and no further
     once a negative has become unlikely.
     """
     return jnp.mean(jax.nn.softplus(-beta * (errors - reference)))

@@ -1,4 +1,6 @@
-"""Samples a checkpoint for Negative DPO: python -m emv3_jax.training.negatives --config configs/NAME.py --weights DIR --out DIR
+"""Samples a checkpoint for Negative DPO.
+
+    python -m emv3_jax.training.negatives --config configs/NAME.py --weights DIR --out DIR
 
 Clips of the training data are made anew from their prompts, voices and first frames, by the weights that Negative DPO
 will refer to. They lie in a review folder: a video each to look at (python -m emv3_jax.training.review FOLDER), and

@@ -43,8 +43,8 @@ def on_base(params: Any, folder: pathlib.Path) -> Any:
     base = folder / BASE
     if not base.is_dir():
         raise UserError(
-            f"no base weights at {base}: convert them (python -m convert to-jax FILE --to {folder}), or start from weights"
-            " with an audio branch (config key silent_audio = False)"
+            f"no base weights at {base}: convert them (python -m convert to-jax FILE --to {folder}), or start from"
+            " weights with an audio branch (config key silent_audio = False)"
         )
     wanted = {path: leaf for path, leaf in flat.items() if not is_audio(path)}
     found = converted.load_converted(base, traverse_util.unflatten_dict(wanted, sep="/"))

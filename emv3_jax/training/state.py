@@ -20,8 +20,8 @@ LossFn = Callable[[Params, Any, Any, jax.Array], tuple[jax.Array, dict[str, Any]
 
 @struct.dataclass
 class TrainState:
-    """Float32 master weights, optimizer state, moving average of the weights, the number of steps taken, and the data of
-    the run's random key: with the number of steps it says which batch comes next and what is drawn for it."""
+    """Float32 master weights, optimizer state, moving average of the weights, the number of steps taken (it says which
+    batch comes next), and the data of the run's random key."""
 
     step: jax.Array
     params: Params
@@ -123,7 +123,7 @@ def make_update(
     """
     gradient = jax.value_and_grad(loss_fn, has_aux=True)
 
-    def gradients(params: Params, constants: Params, batch: Any, key: jax.Array) -> tuple[tuple[jax.Array, Any], Params]:
+    def gradients(params: Params, constants: Params, batch: Any, key: jax.Array) -> tuple[Any, Params]:
         if micro_batches == 1:
             return gradient(params, constants, batch, key)
         sizes = {leaf.shape[0] for leaf in jax.tree.leaves(batch)}

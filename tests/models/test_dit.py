@@ -11,7 +11,7 @@ from emv3_jax.config import DiTConfig
 from emv3_jax.layers import rotary_tables, sinusoidal_features
 from emv3_jax.models import audio_tokens
 from emv3_jax.models.cdca import Branches, CrossKV, ModalityKV, by_frame
-from emv3_jax.models.dit import Block, DiT, Head, ImageEmbed, PatchEmbed
+from emv3_jax.models.dit import REMAT, Block, DiT, Head, ImageEmbed, PatchEmbed
 
 GOLDEN = parity.Golden(Path(__file__).parents[1] / "golden")
 CFG = parity.DIT_TINY
