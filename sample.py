@@ -58,7 +58,7 @@ def main(arguments: list[str]) -> int:
 
     command_line.setup_compile_cache()
     preset = jobs.preset_of(cfg)
-    renderer = jobs.Renderer(cfg, preset, pipeline.load_tokenizer(preset.name, cfg.weights or None))
+    renderer = jobs.Renderer(cfg, preset, pipeline.load_tokenizer(preset, cfg.weights or None))
     if options.manifest:
         return jobs.render_all(renderer, rows, options.resume)
     jobs.check_resume(pathlib.Path(job.out), options.resume)

@@ -181,7 +181,7 @@ def weights(folders: list[pathlib.Path]) -> Iterator[Line]:
 
     yield _checked("demo, shipped", lambda: checkpoint.load_models(WEIGHTS / "demo", expected_params(DEMO)))
     for folder in folders:
-        places = {preset: locate(folder, "dit", preset.name) for preset in PRESETS.values()}
+        places = {preset: locate(folder, "dit", preset) for preset in PRESETS.values()}
         # Files are of our own training, which is of the demo so far; converted weights are folders.
         found = [p for p, place in places.items() if place.is_file() == (p is DEMO) and place.exists()]
         if not found:
@@ -189,7 +189,7 @@ def weights(folders: list[pathlib.Path]) -> Iterator[Line]:
             yield Line("NO", f"{folder} holds no transformer", advice)
         for preset in found:
             for role, like in expected_params(preset).items():
-                path = locate(folder, role, preset.name)
+                path = locate(folder, role, preset)
                 look = checkpoint.load_params if path.suffix == ".safetensors" else converted.check_converted
                 yield _checked(f"{preset.name}, {path}", functools.partial(look, path, like))
             tokenizer = functools.partial(conditioning.tokenizer, preset, folder / TOKENIZER)

@@ -284,7 +284,7 @@ def load_pipeline(
     if name not in PRESETS:
         raise UserError(f"there is no preset {name!r}: one of {', '.join(sorted(PRESETS))}")
     preset = preset or with_dtype(PRESETS[name], dtype)
-    words = words or load_tokenizer(name, weights)
+    words = words or load_tokenizer(preset, weights)
     loaders = _loaders(preset, weights, mesh)
     params = LoadedWhenUsed(loaders) if low_memory else {role: load() for role, load in loaders.items()}
     return Pipeline(preset, params, words=words, mesh=mesh)
@@ -304,7 +304,7 @@ def _loaders(
 ) -> dict[str, Callable[[], Any]]:
     folder = pathlib.Path(weights or WEIGHTS / preset.name)
     return {
-        role: functools.partial(_load_model, locate(folder, role, preset.name), like, mesh)
+        role: functools.partial(_load_model, locate(folder, role, preset), like, mesh)
         for role, like in expected_params(preset).items()
     }
 
@@ -330,7 +330,7 @@ def weight_hashes(name: str, weights: str | pathlib.Path | None = None) -> dict[
     folder = pathlib.Path(weights or WEIGHTS / name)
     hashes = {}
     for role in expected_params(PRESETS[name]):
-        path = locate(folder, role, name)
+        path = locate(folder, role, PRESETS[name])
         if path.suffix == ".safetensors":
             with open(path, "rb") as file:
                 hashes[role] = hashlib.file_digest(file, "sha256").hexdigest()
@@ -348,13 +348,13 @@ def with_dtype(preset: Preset, dtype: str | None = None) -> Preset:
     return dataclasses.replace(preset, dit=dataclasses.replace(preset.dit, dtype=dtype))
 
 
-def load_tokenizer(name: str, weights: str | pathlib.Path | None = None) -> Any:
+def load_tokenizer(preset: Preset, weights: str | pathlib.Path | None = None) -> Any:
     """The tokenizer of a preset, which reads prompts before any weights are read; arguments as of `load_pipeline`.
 
     Raises:
       UserError: no weights there, or no tokenizer with them.
     """
-    preset, folder = PRESETS[name], pathlib.Path(weights or WEIGHTS / name)
+    folder = pathlib.Path(weights or WEIGHTS / preset.name)
     if not folder.is_dir():
         raise UserError(
             f"no weights at {folder}: convert the released ones (python -m convert to-jax), or name a folder"
@@ -362,10 +362,10 @@ def load_tokenizer(name: str, weights: str | pathlib.Path | None = None) -> Any:
     return conditioning.tokenizer(preset, folder / TOKENIZER)
 
 
-def locate(folder: pathlib.Path, role: str, preset: str) -> pathlib.Path:
+def locate(folder: pathlib.Path, role: str, preset: Preset) -> pathlib.Path:
     """Where a model's weights lie in a folder: in a file of our own training, or else in a folder of converted ones."""
-    trained, made = folder / f"{role}.safetensors", folder / CONVERTED[role].format(preset)
-    return trained if trained.is_file() or (PRESETS[preset].vocabulary and not made.exists()) else made
+    trained, made = folder / f"{role}.safetensors", folder / CONVERTED[role].format(preset.name)
+    return trained if trained.is_file() or (preset.vocabulary and not made.exists()) else made
 
 
 def _load_model(path: pathlib.Path, like: Any, mesh: jax.sharding.Mesh | None) -> Any:

@@ -72,7 +72,7 @@ def main(arguments: list[str]) -> int:
     from emv3_jax import pipeline  # the models: not before the options are known to be good
 
     source: builder.Source
-    words = pipeline.load_tokenizer(preset.name, options.weights)
+    words = pipeline.load_tokenizer(preset, options.weights)
     if options.puppets:
         if not preset.vocabulary:
             raise UserError(f"--puppets needs a preset with their words, such as demo, not {preset.name}")

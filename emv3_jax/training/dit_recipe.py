@@ -55,7 +55,7 @@ class DiTRecipe:
     @functools.cached_property
     def words(self) -> Any:
         """The tokenizer."""
-        return pipeline.load_tokenizer(self.preset.name, self.cfg.frozen_weights)
+        return pipeline.load_tokenizer(self.preset, self.cfg.frozen_weights)
 
     # Parameters.
 

@@ -209,7 +209,8 @@ class _Run:
                         self.checkpoints.save(step, args=ocp.args.StandardSave(state))
                 if done:
                     break
-                batch = signals.break_off(next, waiting)
+                # One of many processes goes on until all stop, for its steps need the others.
+                batch = next(waiting) if jax.process_count() > 1 else signals.break_off(next, waiting)
                 if batch is None:
                     continue
                 with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):

@@ -6,7 +6,7 @@ import ml_collections
 import pytest
 
 from emv3_jax import command_line
-from emv3_jax.config import DEMO, PREVIEW
+from emv3_jax.config import DEMO
 from emv3_jax.errors import UserError
 from emv3_jax.training import checks, recipes
 
@@ -78,15 +78,31 @@ BAD = {
     "falling stages": ("dit", {"stages": ((9, ((5, 2),)), (9, ((5, 2),)))}, "with rising steps"),
     "kind of one number": ("dit", {"stages": ((9, (5, 2)),)}, "(first frames of a clip, clips): frames of"),
     "no clips in a batch": ("dit", {"stages": ((9, ((5, 0),)),)}, "got (5, 0)"),
-    "more clips than there are": ("dit", {"clips": 4, "stages": ((9, ((5, 5),)),)}, "no more than clips (4) at once"),
-    "longer than the clips": ("dit", {"clip_frames": 61, "stages": ((9, ((65, 2),)),)}, "up to clip_frames (61)"),
     "frames of no video": ("dit", {"stages": ((9, ((60, 2),)),)}, "got (60, 2)"),
     "crop beyond the picture": ("vae", {"stages": ((9, ((1, 72, 2),)),)}, "up to picture, crops; got (1, 72, 2)"),
     "crop of no cells": ("vae", {"stages": ((9, ((1, 30, 2),)),)}, "a side that is a multiple of 8"),
     "crop longer than a sentence": ("vae", {"stages": ((9, ((501, 32, 2),)),)}, "4k + 1 up to 497"),
     "picture": ("vae", {"picture": 68}, "picture must be a multiple of 8, got 68"),
-    "no clips": ("dit", {"clips": 0}, "clips must be a whole number of 1 or more, got 0"),
-    "clip_frames": ("dit", {"clip_frames": 100}, "clip_frames must be 4k + 1 and at least 5, got 100"),
+    "no data": ("dit", {"data": ""}, "data must be the folder of a dataset"),
+    "no tasks": ("dit", {"tasks": ()}, "tasks must be ((up to step, ((task, share above 0), ...)), ...)"),
+    "another task": ("dit", {"tasks": ((9, (("v2v", 1.0),)),)}, "tasks of t2v, i2v, flf2v, lipsync, got"),
+    "task without a share": ("dit", {"tasks": ((9, (("i2v", 0.0),)),)}, "tasks must be"),
+    "silent from nothing": ("dit", {"silent_audio": True}, "silent_audio starts from base weights"),
+    "adapters of no rank": (
+        "dit",
+        {"init_from": "x", "adapters": {"rank": 0, "scale": 1.0, "on": "."}},
+        "rank must be a whole number of 1 or more, got 0 (section adapters)",
+    ),
+    "adapters of nothing": (
+        "dit",
+        {"adapters": {"rank": 1, "scale": 1.0, "on": "."}},
+        "adapters trains beside weights: name their folder",
+    ),
+    "objective": ("dit", {"objective": "rlhf"}, "objective must be one of sft, ndpo, ndpo_absolute, dpo, got 'rlhf'"),
+    "no negatives": ("dit", {"objective": "ndpo", "init_from": "x"}, "negatives is needed for ndpo"),
+    "beta": ("dit", {"beta": 0.0}, "beta must be a number above 0"),
+    "boundaries": ("dit", {"phda": {"audio": (700.0, 600.0)}}, "config key phda: PhDA boundaries of audio"),
+    "boundaries of the unknown": ("dit", {"phda": {"sound": ()}}, "config key phda: 'sound' is none of text, image"),
     "eval_frames": ("dit", {"eval_frames": 129}, "eval_frames must be at most 125, got 129"),
     "all dropped and more": (
         "dit",
@@ -97,7 +113,7 @@ BAD = {
     "shift": ("dit", {"shift": 0.0}, "shift must be a number above 0"),
     "sampling": ("dit", {"sampling": {"steps": 0}}, "config key sampling: steps must be at least 1"),
     "sampling of the unknown": ("dit", {"sampling": {"stpes": 1}}, "config key sampling: "),
-    "no VAE": ("dit", {"vae_weights": ""}, "vae_weights must be a path, got ''"),
+    "frozen weights": ("dit", {"frozen_weights": 5}, "frozen_weights must be text, got 5"),
 }
 
 
@@ -114,7 +130,7 @@ def test_an_impossible_value_is_told(case):
 @pytest.mark.parametrize("name", ["vae", "dit"])
 def test_no_key_is_overlooked(name):
     """Every key of a config is told when it is no number, no text and no stages, and when it is not there."""
-    for key in set(config(name)) - {"recipe", "preset"}:
+    for key in set(config(name)) - {"recipe", "preset", "model"}:
         cfg = config(name, **{key: float("nan")})
         assert any(line.startswith(f"config key {key} ") for line in told(name, cfg)), key
         del cfg[key]
@@ -122,18 +138,21 @@ def test_no_key_is_overlooked(name):
 
 
 def test_everything_that_is_wrong_is_told_at_once():
-    cfg = config("dit", log_every=0, steps=0, clips=3, stages=((9, ((5, 2), (5, 4))), (19, ((9, 5),))))
+    cfg = config("dit", log_every=0, steps=0, stages=((9, ((5, 2), (6, 4))), (19, ((8, 5),))))
     del cfg["beta2"]
     with pytest.raises(UserError) as info:
         recipes.build(cfg)
     message = str(info.value)
-    for words in ("log_every must", "steps must", "beta2 is missing", "got (5, 4) and (9, 5)"):
+    for words in ("log_every must", "steps must", "beta2 is missing", "got (6, 4) and (8, 5)"):
         assert message.count(words) == 1, words
 
 
-def test_puppets_need_a_preset_that_has_words_for_them():
-    (problem,) = recipes.CHECKS["dit"](config("dit"), PREVIEW)
-    assert problem.startswith("config key preset: preview has no words for puppets")
+def test_fields_of_the_transformer_are_checked():
+    with pytest.raises(UserError, match="config key model: 'widht' is none of "):
+        recipes.build(config("dit", model={"widht": 3}))
+    with pytest.raises(UserError, match="config key model.remat must be one of full, dots, or empty, got 'some'"):
+        recipes.build(config("dit", model={"remat": "some"}))
+    assert recipes.preset_of(config("dit", model={"layers": 3})).dit.layers == 3
 
 
 @pytest.mark.parametrize(("share", "said"), [(0.6, "not reached"), (10, "its last part goes on")])

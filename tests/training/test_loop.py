@@ -17,7 +17,7 @@ from tensorboardX.proto import event_pb2
 from emv3_jax import checkpoint
 from emv3_jax.errors import UserError
 from emv3_jax.files import atomic_path
-from emv3_jax.training import loop
+from emv3_jax.training import loop, losses
 
 
 @pytest.fixture(autouse=True)
@@ -37,19 +37,32 @@ class Quadratic:
     def init(self):
         return {"w": jnp.zeros((2, self.width))}
 
-    def batch(self, step):
+    def constants(self):
+        return {}
+
+    def batch_size(self, step):
+        return 2
+
+    def ids(self, step):
+        return [f"clip {step}a", f"clip {step}b"]
+
+    def work(self, batch):
+        return 10, 1e3
+
+    def batch(self, step, rows=None):
         self.before_batch(step)
         noise = np.random.default_rng(step).normal(size=(2, self.width))
         return np.full_like(noise, np.nan) if step in self.bad else 1.0 + 0.1 * noise
 
-    def loss(self, params, batch, key):
+    def loss(self, params, constants, batch, key):
         target = batch + 0.1 * jax.random.normal(key, batch.shape)
         return jnp.mean(jnp.square(params["w"] - target)), {"mean": jnp.mean(params["w"])}
 
-    def evaluate(self, params):
-        return {"distance": float(jnp.max(jnp.abs(params["w"] - 1)))}, {"grey": np.zeros((8, 8, 3), np.uint8)}
+    def evaluate(self, params, constants):
+        moving = np.zeros((5, 8, 8, 3), np.uint8)
+        return {"distance": float(jnp.max(jnp.abs(params["w"] - 1)))}, {"grey": moving[0], "film": moving}
 
-    def export(self, params, folder):
+    def export(self, params, constants, folder):
         checkpoint.save_models(folder, {"quadratic": params})
 
 
@@ -57,7 +70,7 @@ def config(**changes) -> ml_collections.ConfigDict:
     values = {
         "steps": 12, "seed": 0, "learning_rates": ((12, 0.2),), "warmup_steps": 2, "final_lr_share": 0.1,
         "weight_decay": 0.0, "clip_norm": 1.0, "beta2": 0.99, "ema_decay": 0.9, "minutes": 0.0, "bad_steps": 3,
-        "mesh": {"data": 1}, "micro_batches": 1,
+        "mesh": {"data": 1}, "micro_batches": 1, "batches_ahead": 0,
         "log_every": 4, "eval_every": 6, "checkpoint_every": 5,
     }  # fmt: skip
     return ml_collections.ConfigDict({**values, **changes})
@@ -122,7 +135,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_been(tmp_path, whole, capsys, m
     if when == "batch":
         recipe.before_batch = stop_at(7, number)
     elif when == "evaluate":
-        recipe.evaluate = lambda params: os.kill(os.getpid(), number) or pytest.fail("it was not broken off")
+        recipe.evaluate = lambda params, constants: os.kill(os.getpid(), number) or pytest.fail("it was not broken off")
     else:
         make = loop.train_state.make_step
         monkeypatch.setattr(loop.train_state, "make_step", lambda *args: stopping(make(*args), 7, number))
@@ -140,10 +153,10 @@ def stopping(step_fn, at: int, number: int):
     """A step function that sends a signal while step `at` is taken."""
     numbers = iter(range(1, 100))
 
-    def step(state, batch):
+    def step(state, constants, batch):
         if next(numbers) == at:
             os.kill(os.getpid(), number)
-        return step_fn(state, batch)
+        return step_fn(state, constants, batch)
 
     return step
 
@@ -192,7 +205,7 @@ def test_the_second_signal_is_not_held_back(tmp_path):
             os.kill(os.getpid(), signal.SIGINT)
 
     recipe = Quadratic(before_batch=impatient)
-    recipe.export = lambda params, folder: os.kill(os.getpid(), signal.SIGINT)
+    recipe.export = lambda params, constants, folder: os.kill(os.getpid(), signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         loop.train(recipe, config(), tmp_path)
     assert last_state(tmp_path)[0] == 3
@@ -265,12 +278,14 @@ def test_a_finished_run_has_nothing_to_do(tmp_path, whole):
     assert_same_run(tmp_path, whole)
 
 
-def test_bad_steps_in_a_row_end_the_run_whatever_is_logged(tmp_path):
+def test_bad_steps_in_a_row_end_the_run_whatever_is_logged(tmp_path, capsys):
     recipe = Quadratic(bad=(3, 4, 7, 8, 9, 10))
     with pytest.raises(UserError, match="not finite 3 times in a row, up to step 9; .* lower the learning rate"):
         loop.train(recipe, config(steps=40, log_every=50), tmp_path)
     step, state = last_state(tmp_path)
     assert step == 5 and np.isfinite(state["params"]["w"]).all()
+    out = capsys.readouterr().out
+    assert "step 3 was not finite and changed nothing; its batch: clip 3a, clip 3b" in out and "step 5 was" not in out
     assert not (tmp_path / "weights").exists()
 
 
@@ -316,8 +331,8 @@ class Renamed(Quadratic):
     def init(self):
         return {"v": super().init()["w"]}
 
-    def loss(self, params, batch, key):
-        return super().loss({"w": params["v"]}, batch, key)
+    def loss(self, params, constants, batch, key):
+        return super().loss({"w": params["v"]}, constants, batch, key)
 
 
 @pytest.mark.parametrize(
@@ -334,6 +349,60 @@ def test_a_checkpoint_of_another_model_or_optimizer_is_refused(tmp_path, recipe,
         loop.train(recipe, config(**changes), tmp_path)
     assert f"({difference}" in str(info.value) and " more): go on with the config that made it" in str(info.value)
     assert last_state(tmp_path)[0] == 3
+
+
+def test_batches_made_ahead_are_the_same_and_so_is_the_run(tmp_path, whole):
+    loop.train(Quadratic(), config(batches_ahead=3), tmp_path)
+    assert_same_run(tmp_path, whole)
+    died = tmp_path / "died"
+    with pytest.raises(RuntimeError, match="lights"):
+        loop.train(Quadratic(before_batch=die_at(9)), config(batches_ahead=3), died)
+    loop.train(Quadratic(), config(batches_ahead=3), died)
+    assert_same_run(died, whole)
+
+
+def die_at(last):
+    def die(step):
+        if step == last:
+            raise RuntimeError("the lights went out")
+
+    return die
+
+
+class Averaged(Quadratic):
+    """Its metrics are means of one sample each, 1 for the first step, 2 for the second, ...; some have none."""
+
+    def batch(self, step, rows=None):
+        return np.full((2, self.width), float(step))
+
+    def loss(self, params, constants, batch, key):
+        seen, zero = losses.Mean(batch[0, 0], jnp.ones(())), losses.Mean(jnp.zeros(()), jnp.zeros(()))
+        return jnp.mean(jnp.square(params["w"])), {"seen": seen, "never": zero}
+
+
+def test_means_are_of_all_steps_since_the_last_line(tmp_path):
+    loop.train(Averaged(), config(), tmp_path)
+    seen = {row["step"]: row for row in lines(tmp_path) if "loss" in row}
+    assert {step: row["seen"] for step, row in seen.items()} == {1: 1.0, 4: 3.0, 8: 6.5, 12: 10.5}
+    assert not any("never" in row for row in seen.values())
+    assert seen[8]["tokens_per_second"] == pytest.approx(10 * seen[8]["steps_per_second"])
+
+
+def test_films_are_kept_and_shown(whole):
+    assert [path.name for path in sorted((whole / "samples").iterdir())] == ["film_0000006.mp4", "film_0000012.mp4"]
+    images = [v.image for e in events(whole) for v in e.summary.value if v.tag == "film"]
+    assert [image.encoded_image_string[:6] for image in images] == [b"GIF89a"] * 2
+
+
+def test_a_task_that_joins_starts_from_the_moving_average(tmp_path):
+    """At a rate of 0 after the join the weights stay where they were put."""
+    tasks = ((4, (("t2v", 1.0),)), (12, (("i2v", 1.0),)))
+    cfg = config(steps=5, learning_rates=((5, 0.2),), tasks=tasks, inter_task_ema=True, final_lr_share=0.0)
+    loop.train(Quadratic(), config(steps=5, learning_rates=((5, 0.2),), final_lr_share=0.0), tmp_path / "not")
+    loop.train(Quadratic(), cfg, tmp_path / "joined")
+    (_, joined), (_, plain) = last_state(tmp_path / "joined"), last_state(tmp_path / "not")
+    assert np.abs(joined["params"]["w"] - plain["params"]["w"]).max() > 1e-3
+    assert np.abs(joined["params"]["w"]).max() < np.abs(plain["params"]["w"]).max()  # the average lags behind
 
 
 def test_a_workdir_that_is_a_file(tmp_path):

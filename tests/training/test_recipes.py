@@ -12,12 +12,16 @@ import pytest
 
 from emv3_jax import checkpoint, command_line, conditioning
 from emv3_jax.config import DEMO
-from emv3_jax.data import puppet_latents
+from emv3_jax.data import builder
+from emv3_jax.data.examples import TRAINED_TASKS
+from emv3_jax.data.extract import Extractor, encoder_hash
+from emv3_jax.data.puppets import Puppets
 from emv3_jax.errors import UserError
 from emv3_jax.models import vae as vae_model
+from emv3_jax.options import SamplingOptions
 from emv3_jax.pipeline import expected_params
-from emv3_jax.puppets import clips
-from emv3_jax.training import loop, recipes
+from emv3_jax.puppets import clips, requests
+from emv3_jax.training import cycle, loop, negatives, recipes, verdicts
 from emv3_jax.training import state as train_state
 from emv3_jax.training.dit_recipe import DiTRecipe
 from emv3_jax.training.vae_recipe import VAERecipe
@@ -81,13 +85,13 @@ def losses_after(recipe, steps: int) -> tuple[float, float]:
     cfg = config("demo_vae.py", steps=100, learning_rates=((100, 2e-3),))
     optimizer = train_state.make_optimizer(cfg)
     state = train_state.init_state(recipe.init(), optimizer)
-    step = train_state.make_step(recipe.loss, optimizer, cfg.ema_decay, cfg.seed)
-    loss = jax.jit(lambda params, batch: recipe.loss(params, batch, jax.random.key(7))[0])
-    batch = recipe.batch(3)
-    before = float(loss(state.params, batch))
+    step = train_state.make_step(train_state.make_update(recipe.loss, optimizer, cfg.ema_decay))
+    loss = jax.jit(lambda *args: recipe.loss(*args, jax.random.key(7))[0])
+    batch, constants = recipe.batch(3), recipe.constants()
+    before = float(loss(state.params, constants, batch))
     for _ in range(steps):
-        state, _ = step(state, batch)
-    return before, float(loss(state.params, batch))
+        state, _ = step(state, constants, batch)
+    return before, float(loss(state.params, constants, batch))
 
 
 def test_vae_learns(vae):
@@ -97,13 +101,13 @@ def test_vae_learns(vae):
 
 def test_vae_scores_are_of_held_out_puppets(vae, monkeypatch):
     monkeypatch.setitem(vae.__dict__, "_round_trip", lambda params, video: video)  # a perfect codec
-    scores, pictures = vae.evaluate(None)
+    scores, pictures = vae.evaluate(None, {})
     assert scores["heldout_psnr"] > 90 and scores["heldout_sync"] > 0.9 and scores["heldout_motion"] == 1.0
     assert pictures["true_and_decoded"].shape == (4 * 32, 8 * 32, 3)
 
 
 def test_vae_export_has_normal_latents_and_goes_on_as_a_start(vae, tiny, tiny_pipeline, tmp_path):
-    vae.export(tiny_pipeline.params["vae"], tmp_path)
+    vae.export(tiny_pipeline.params["vae"], {}, tmp_path)
     params = checkpoint.load_params(tmp_path / "vae.safetensors", expected_params(tiny)["vae"])
     video = jnp.stack([clips.make_clip("train", i, 17).render(32) for i in range(8)])
     latents = jax.jit(lambda p, v: vae_model.WanVAE(tiny.vae).apply({"params": p}, v, method="encode")[0])(
@@ -126,37 +130,72 @@ def test_vae_of_another_size_is_no_start(tiny, tiny_pipeline, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def dit(tiny, tiny_pipeline, tmp_path_factory) -> DiTRecipe:
-    """With four clips of nine frames, extracted by the first test that asks for a batch."""
-    folder = tmp_path_factory.mktemp("dit")
-    checkpoint.save_models(folder, {"vae": tiny_pipeline.params["vae"]})
-    cfg = config(
-        "demo_dit.py", vae_weights=str(folder / "vae.safetensors"), latents=str(folder / "latents"),
-        clips=4, clip_frames=9, stages=((5, ((5, 3),)), (10, ((9, 2),))), eval_clips=2, eval_frames=13,
-        sampling={"steps": 2, "shift": 3.0, "text_scale": 2.0, "audio_scale": 2.0},
-    )  # fmt: skip
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(puppet_latents, "SHARD", 4)
-        yield DiTRecipe(cfg, tiny)
+def weights(tiny_pipeline, tmp_path_factory) -> pathlib.Path:
+    """A folder with the tiny pipeline's weights."""
+    folder = tmp_path_factory.mktemp("weights")
+    checkpoint.save_models(folder, tiny_pipeline.params)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tiny, weights, tmp_path_factory) -> pathlib.Path:
+    """A dataset of four puppets, nine frames each."""
+    folder = tmp_path_factory.mktemp("data") / "puppets"
+    vae = checkpoint.load_params(weights / "vae.safetensors")
+    extractor = Extractor(tiny, {"vae": vae})
+    identity = {"preset": tiny.name, "vae": encoder_hash(vae)}
+    builder.build(Puppets("train", 4, 9, 32), extractor, folder, 1, identity, say=lambda line: None)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def make(tiny, weights, data):
+    """DiTRecipe with changed keys."""
+
+    def make(**changes) -> DiTRecipe:
+        keys = {
+            "frozen_weights": str(weights), "data": str(data), "stages": ((5, ((5, 3),)), (10, ((9, 2),))),
+            "tasks": ((10, (("i2v", 0.5), ("t2v", 0.5))),), "eval_clips": 2, "eval_frames": 13,
+            "sampling": {"steps": 2, "shift": 3.0, "text_scale": 2.0, "audio_scale": 2.0},
+        }  # fmt: skip
+        return DiTRecipe(config("demo_dit.py", **{**keys, **changes}), tiny)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def dit(make) -> DiTRecipe:
+    return make()
 
 
 def test_dit_batches_follow_from_the_step(dit, tiny):
     first, again, other = dit.batch(3), dit.batch(3), dit.batch(4)
     assert arrays_equal(first, again) and not arrays_equal(first, other)
     assert first["latents"].shape == (3, 2, 4, 4, 16) and first["latents"].dtype == np.float32
+    assert dit.batch_size(3) == 3 and len(dit.ids(3)) == 3 and dit.ids(3)[0].startswith("train/")
     later = dit.batch(7)
     assert later["latents"].shape == (2, 3, 4, 4, 16) and later["given"].shape == (2, 3, 4, 4, 20)
-    assert later["prepared"].audio.shape == (2, 18, tiny.dit.audio_width)
+    assert later["audio"].shape == (2, 18, tiny.dit.audio_width)
+    assert sorted(later["task"]) == [TRAINED_TASKS.index("t2v"), TRAINED_TASKS.index("i2v")]
+    np.testing.assert_array_equal(later["has_image"], later["task"] == TRAINED_TASKS.index("i2v"))
+
+
+def test_rows_of_a_batch_are_those_of_the_whole_one(dit):
+    whole, part = dit.batch(3), dit.batch(3, np.array([0, 2]))
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[[0, 2]], b), whole, part)
 
 
 def test_dit_and_its_encoders_learn(dit):
     optimizer = train_state.make_optimizer(dit.cfg)
     state = train_state.init_state(dit.init(), optimizer)
     before = jax.tree.map(np.array, state.params)
-    step = train_state.make_step(dit.loss, optimizer, dit.cfg.ema_decay, dit.cfg.seed)
+    step = train_state.make_step(train_state.make_update(dit.loss, optimizer, dit.cfg.ema_decay))
     for number in (1, 2, 3):  # fresh output layers are 0, and the warm-up's first step has a rate of 0
-        state, metrics = step(state, dit.batch(number))
-        assert metrics["finite"] == 1.0 and all(np.isfinite(float(value)) for value in metrics.values())
+        state, metrics = step(state, {}, dit.batch(number))
+        assert metrics["finite"] == 1.0 and np.isfinite(float(metrics["loss"]))
+    assert float(metrics["mse"].count) == 3.0 and float(metrics["mse_lipsync"].count) == 0.0
+    bands = sum(float(metrics[f"mse_{name}"].total) for name in ("early", "middle", "late"))
+    np.testing.assert_allclose(bands, float(metrics["mse"].total), rtol=1e-5)
     changed = jax.tree.map(lambda a, b: bool(np.any(a != b)), before, state.params)
     assert changed.keys() == {"dit", "text", "image"}
     for name, tree in changed.items():
@@ -168,71 +207,188 @@ def test_dit_learns(dit):
     assert after < 0.85 * before  # 15.1 -> 11.3 when this was written
 
 
-def test_dropped_conditions_are_silence_and_the_empty_prompt(dit):
-    prepared = dit.batch(7)["prepared"]
-    with dit.cfg.unlocked():
-        rates = dit.cfg.drop_both, dit.cfg.drop_audio
-        dit.cfg.drop_both, dit.cfg.drop_audio = 1.0, 0.0
-        no_text = dit._dropped(prepared, jax.random.key(0))
-        dit.cfg.drop_both, dit.cfg.drop_audio = 0.0, 1.0
-        no_audio = dit._dropped(prepared, jax.random.key(0))
-        dit.cfg.drop_both, dit.cfg.drop_audio = rates
-    ids, mask = conditioning.tokenizer(dit.preset).encode(["", ""])
-    np.testing.assert_array_equal(no_text.ids, ids)
-    np.testing.assert_array_equal(no_text.text_mask, mask)
-    np.testing.assert_array_equal(no_text.audio, np.zeros_like(prepared.audio))
-    np.testing.assert_array_equal(no_audio.ids, prepared.ids)
-    assert not np.any(no_audio.audio)
+def test_dropped_conditions_are_silence_and_the_empty_prompt(make, tiny_pipeline):
+    batch, key, weights = make().batch(7), jax.random.key(0), tiny_pipeline.params
+    whole = make().conditions(weights, batch)
+    no_text = make(drop_both=1.0, drop_audio=0.0).conditions(weights, batch, key)
+    no_audio = make(drop_both=0.0, drop_audio=1.0).conditions(weights, batch, key)
+    ids, mask = conditioning.tokenizer(make().preset).encode(["", ""])
+    np.testing.assert_allclose(no_text.text, conditioning.encode_text(weights, make().preset, ids, mask), atol=1e-6)
+    assert not np.any(no_text.audio) and not np.any(no_audio.audio) and np.any(whole.audio)
+    np.testing.assert_allclose(no_audio.text, whole.text, atol=1e-6)
+    np.testing.assert_array_equal(no_text.image, whole.image)
 
 
-def test_dit_is_scored_and_its_weights_come_back(dit, tiny, tiny_pipeline, tmp_path):
+def test_dit_is_scored_and_its_weights_come_back(dit, make, tiny, tiny_pipeline, tmp_path):
     params = {name: tiny_pipeline.params[name] for name in ("dit", "text", "image")}
-    scores, pictures = dit.evaluate(params)
+    scores, pictures = dit.evaluate(params, {})
     assert {"heldout_sync", "heldout_sync_other", "heldout_motion", "heldout_psnr"} <= scores.keys()
     assert all(np.isfinite(value) for value in scores.values())
-    assert pictures["true_and_made"].shape == (4 * 32, 8 * 32, 3)
-    dit.export(params, tmp_path)
+    assert pictures["true_and_made"].shape == (4 * 32, 8 * 32, 3) and pictures["made"].shape == (13, 32, 64, 3)
+    dit.export(params, {}, tmp_path)
     restored = checkpoint.load_models(tmp_path, expected_params(tiny))
-    assert arrays_equal(restored, {**params, "vae": dit.vae_params})
-    assert arrays_equal(
-        DiTRecipe(ml_collections.ConfigDict({**dit.cfg, "init_from": str(tmp_path)}), tiny).init(), params
+    assert arrays_equal(restored, {**params, "vae": tiny_pipeline.params["vae"]})
+    assert arrays_equal(make(init_from=str(tmp_path)).init(), params)
+
+
+def test_data_of_another_vae_is_refused(make, tiny_pipeline, tmp_path):
+    vae = tiny_pipeline.params["vae"]
+    moved = {**vae, "to_moments": jax.tree.map(lambda x: 2 * x, vae["to_moments"])}
+    checkpoint.save_models(tmp_path, {**tiny_pipeline.params, "vae": moved})
+    with pytest.raises(UserError, match="was made with another VAE than that of"):
+        make(frozen_weights=str(tmp_path)).batch(1)
+
+
+def test_data_that_is_not_there(make, tmp_path):
+    with pytest.raises(UserError, match="is not there: make it with python -m emv3_jax.data.prepare"):
+        make(data=str(tmp_path / "nothing")).batch(1)
+
+
+def test_adapters_alone_are_trained_and_leave_as_whole_weights(make, weights, tiny, tmp_path):
+    lora = make(init_from=str(weights), adapters={"rank": 2, "scale": 4.0, "on": "blocks/.*/(query|out)"})
+    params, constants = lora.init(), lora.constants()
+    start = checkpoint.load_params(weights / "dit.safetensors")
+    assert arrays_equal(lora.weights(params, constants)["dit"], start)  # new adapters change nothing
+    before, after = losses_after(lora, 15)
+    assert after < before
+    moved = jax.tree.map(lambda leaf: leaf + 0.1, params)
+    lora.export(moved, constants, tmp_path)
+    merged = checkpoint.load_params(tmp_path / "dit.safetensors", expected_params(tiny)["dit"])
+    kernel = lambda tree: tree["blocks"]["self_attention"]["query"]["kernel"]  # noqa: E731
+    pair = moved["blocks"]["self_attention"]["query"]
+    np.testing.assert_allclose(kernel(merged), kernel(start) + 2.0 * pair["down"] @ pair["up"], rtol=1e-5, atol=1e-6)
+    assert np.array_equal(merged["blocks"]["mlp"]["up"]["kernel"], start["blocks"]["mlp"]["up"]["kernel"])
+    kept = checkpoint.load_params(tmp_path / "adapters" / "dit.safetensors")
+    assert float(kept["scale"]) == 2.0 and arrays_equal(kept["adapters"], moved)
+
+
+def test_a_model_that_heard_nothing_starts_silent(make, weights, tiny):
+    recipe = make(init_from=str(weights), silent_audio=True)
+    params, batch = recipe.init(), recipe.batch(7)
+    start = checkpoint.load_params(weights / "dit.safetensors")
+    assert not np.any(params["dit"]["cross_kv"]["audio"]["value"]["kernel"])
+    assert arrays_equal(params["dit"]["blocks"], start["blocks"])
+    t = jnp.array([300.0, 700.0])
+    heard = recipe.dit.apply({"params": params["dit"]}, batch["latents"], t, recipe.conditions(params, batch))
+    silence = {**batch, "audio": np.zeros_like(batch["audio"])}
+    silent = recipe.dit.apply({"params": params["dit"]}, batch["latents"], t, recipe.conditions(params, silence))
+    np.testing.assert_array_equal(heard, silent)
+
+
+# Preferences
+
+
+@pytest.fixture(scope="module")
+def review(make, weights, tiny, tmp_path_factory) -> pathlib.Path:
+    """A review folder of four clips, two of which were rejected."""
+    folder = tmp_path_factory.mktemp("review")
+    recipe = make(stages=((10, ((9, 2),)),))
+    pipe = recipe.make_pipeline(checkpoint.load_models(weights, {n: expected_params(tiny)[n] for n in recipe.trained}))
+    negatives.sample(pipe, SamplingOptions(steps=2), recipe.data, folder, 4, "i2v", 2, 0)
+    rows = verdicts.read_clips(folder)
+    for row, issue in zip(rows, ("lips", "motion", None, None), strict=True):
+        verdicts.add_verdict(folder, row["id"], "reject" if issue else "keep", issue)
+    return folder
+
+
+def test_samples_wait_in_the_review_folder(review, capsys):
+    rows = verdicts.read_clips(review)
+    assert len({row["id"] for row in rows}) == 4 and all(row["clip"].startswith("train/") for row in rows)
+    arrays = np.load(review / f"{rows[0]['id']}.npz")
+    assert arrays["latents"].shape == arrays[negatives.TRUE].shape == (3, 4, 4, 16)
+    assert np.abs(arrays["latents"].astype(np.float32) - arrays[negatives.TRUE]).max() > 0.1
+
+
+def test_an_interrupted_sampling_goes_on(make, weights, tiny, review, tmp_path):
+    recipe = make(stages=((10, ((9, 2),)),))
+    pipe = recipe.make_pipeline(checkpoint.load_models(weights, {n: expected_params(tiny)[n] for n in recipe.trained}))
+    first = verdicts.read_clips(review)[:2]
+    for row in first:
+        for suffix in ("npz", "mp4"):
+            name = f"{row['id']}.{suffix}"
+            (tmp_path / name).write_bytes((review / name).read_bytes())
+    untouched = (tmp_path / f"{first[0]['id']}.npz").stat().st_mtime_ns
+    negatives.sample(pipe, SamplingOptions(steps=2), recipe.data, tmp_path, 4, "i2v", 2, 0)
+    assert verdicts.read_clips(tmp_path) == verdicts.read_clips(review)
+    assert (tmp_path / f"{first[0]['id']}.npz").stat().st_mtime_ns == untouched
+    last = verdicts.read_clips(review)[3]["id"]
+    jax.tree.map(
+        np.testing.assert_array_equal, dict(np.load(tmp_path / f"{last}.npz")), dict(np.load(review / f"{last}.npz"))
     )
 
 
-def test_latents_are_extracted_once_and_belong_to_their_vae(dit, tiny, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(puppet_latents, "SHARD", 4)
-    load = lambda params: puppet_latents.load(tmp_path, tiny, params, "train", 3, 9)  # noqa: E731
-    first = load(dit.vae_params)
-    assert all(len(values) == 3 for values in first.values())
-    assert "latents of train clips 0 to 3" in capsys.readouterr().out
-    assert arrays_equal(first, load(dit.vae_params)) and capsys.readouterr().out == ""
-    other = load({**dit.vae_params, "to_moments": jax.tree.map(lambda x: 2 * x, dit.vae_params["to_moments"])})
-    np.testing.assert_allclose(other["latents"], 2 * first["latents"].astype(np.float32), rtol=0.01, atol=0.01)
-    clip = clips.make_clip("train", 1, 9)
-    np.testing.assert_allclose(first["image"][1], np.asarray(clip.render(32))[0], atol=1e-3)
-    np.testing.assert_allclose(first["audio"][1], conditioning.audio_features(DEMO, clip.wave, 9), atol=0.02)
+def test_only_what_was_rejected_for_the_issue_is_unlearnt(review, make):
+    assert len(negatives.Negatives.read(str(review), "").rows) == 2
+    (name,) = set(negatives.Negatives.read(str(review), "lips").ids(0, 1, 4))
+    assert name == verdicts.read_clips(review)[0]["id"]
+    with pytest.raises(UserError, match="nothing in .* was rejected for colour: review it"):
+        negatives.Negatives.read(str(review), "colour")
+
+
+@pytest.mark.parametrize("objective", ["ndpo", "ndpo_absolute", "dpo"])
+def test_preferences_make_negatives_less_likely(make, weights, review, objective):
+    keys = {"init_from": str(weights), "negatives": str(review), "objective": objective, "beta": 1.0}
+    recipe = make(**keys, stages=((10, ((9, 2),)),))
+    assert recipe.batch(1)["latents"].shape[0] == recipe.batch_size(1) == (4 if objective == "dpo" else 2)
+    params, constants = recipe.init(), recipe.constants()
+    value, metrics = jax.jit(recipe.loss)(params, constants, recipe.batch(3), jax.random.key(7))
+    assert float(metrics["error_over_reference"].total) == pytest.approx(0.0, abs=1e-5)
+    if objective != "ndpo_absolute":
+        assert float(value) == pytest.approx(np.log(2), rel=1e-4)  # the model is its own reference
+    before, after = losses_after(recipe, 8)
+    assert after < before
+
+
+def test_the_cycle_goes_on_from_stage_to_stage(make, weights, tmp_path, capsys, monkeypatch):
+    """SFT, clips judged by the measures, Negative DPO, SFT; stages that are done are not done again."""
+    monkeypatch.setattr(recipes, "build", lambda stage: DiTRecipe(stage, make().preset))
+    unlearn = {"name": "lips", "objective": "ndpo", "issue": "lips", "steps": 2, "stages": ((2, ((9, 2),)),)}
+    cfg = ml_collections.ConfigDict({
+        **make().cfg, "steps": 3, "eval_every": 100, "learning_rates": ((3, 1e-3),), "stages": ((3, ((9, 2),)),),
+        "cycle": ({"name": "sft"}, {**unlearn, "learning_rates": ((2, 1e-3),)}, {"name": "sft"}),
+        "review": {"clips": 4, "batch": 2, "judge": "person", "share": 0.5, "task": "i2v"},
+    })  # fmt: skip
+    assert cycle.train(cfg, tmp_path) == 0
+    out = capsys.readouterr().out
+    assert f"4 clips wait to be reviewed: python -m emv3_jax.training.review {tmp_path}/2_lips/review" in out
+    assert not (tmp_path / "weights").exists()
+    cfg.review.judge = "metrics"
+    assert cycle.train(cfg, tmp_path) == 0
+    out = capsys.readouterr().out
+    assert "stage 1_sft" not in out and "2 clips rejected for lips" in out and "stage 3_sft: sft, 3 steps" in out
+    ends = [checkpoint.load_params(tmp_path / n / "weights" / "dit.safetensors") for n in ("1_sft", "2_lips", "3_sft")]
+    assert not arrays_equal(ends[0], ends[1]) and not arrays_equal(ends[1], ends[2])
+    assert arrays_equal(checkpoint.load_params(tmp_path / "weights" / "dit.safetensors"), ends[2])
+    assert cycle.train(cfg, tmp_path) == 0 and "stage" not in capsys.readouterr().out.replace("the last stage", "")
+
+
+def test_a_cycle_of_unknown_keys_is_refused(make, tmp_path):
+    review = {"clips": 4, "batch": 2, "judge": "person", "share": 0.5, "task": "i2v"}
+    cfg = ml_collections.ConfigDict({**make().cfg, "cycle": ({"name": "sft", "stpes": 3},), "review": review})
+    with pytest.raises(UserError, match="cycle: stage 1 sets 'stpes', which is no key of the config"):
+        cycle.train(cfg, tmp_path)
+    cfg = ml_collections.ConfigDict({**make().cfg, "cycle": ({"name": "sft"},), "review": {**review, "judge": "dice"}})
+    with pytest.raises(UserError, match=r"judge must be one of person, metrics, got 'dice' \(section review\)"):
+        cycle.train(cfg, tmp_path)
+
+
+# Puppets as requests
 
 
 def test_every_other_clip_lets_the_voice_act_on_the_face_alone():
     clip = clips.make_clip("train", 1, 5)
     video = np.asarray(clip.render(64))
-    rows = [puppet_latents.describe(clip, "i2v", DEMO, video, whole_face=whole) for whole in (True, False)]
+    rows = [requests.describe(clip, "i2v", DEMO, video, whole_face=whole) for whole in (True, False)]
     assert rows[0].face_mask.all()
     face = rows[1].face_mask.reshape(4, 4)
     assert face[1:3, 1:3].all() and not face.all()
     assert rows[0].has_image == 1.0
-    assert puppet_latents.describe(clip, "t2v", DEMO, video, whole_face=True).has_image == 0.0
-
-
-def test_tasks_of_the_clips_keep_their_shares():
-    tasks = [puppet_latents.task_of("train", i) for i in range(1000)]
-    for name, share in puppet_latents.TASK_SHARES.items():
-        assert abs(tasks.count(name) / 1000 - share) < 0.03, name
+    assert requests.describe(clip, "t2v", DEMO, video, whole_face=True).has_image == 0.0
 
 
 def test_the_lip_sync_mask_hides_the_mouth_and_little_else():
     clip = clips.make_clip("train", 2, 9)
-    mask = puppet_latents.task_mask("lipsync", clip, 64, 64)[..., 0]
+    mask = requests.task_mask("lipsync", clip, 64, 64)[..., 0]
     _, seen = clip.render(64, parts=True)
     mouth = np.asarray(seen)[..., clips.renderer.PARTS.index("mouth")]
     assert (mouth * (1 - mask)).max() < 0.01

@@ -20,9 +20,13 @@ def config(**changes) -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict({**CFG, **changes})
 
 
-def squares(params, batch, key):
+def squares(params, constants, batch, key):
     loss = sum(jnp.sum(jnp.square(leaf - batch)) for leaf in jax.tree.leaves(params))
     return loss, {"draw": jax.random.uniform(key)}
+
+
+def make_step(*args, **keywords):
+    return train_state.make_step(train_state.make_update(*args, **keywords))
 
 
 def params() -> dict:
@@ -31,11 +35,11 @@ def params() -> dict:
 
 def test_the_moving_average_starts_fast_and_then_keeps_its_decay():
     """Plain gradient descent at rate 1/2 on |w - target|^2 lands on the target, so every average is known."""
-    step = train_state.make_step(squares, optax.sgd(0.5), ema_decay=0.2, seed=0)
+    step = make_step(squares, optax.sgd(0.5), ema_decay=0.2)
     state = train_state.init_state({"w": jnp.zeros(())}, optax.sgd(0.5))
     average = 0.0
     for i in range(4):
-        state, _ = step(state, float(i + 1))
+        state, _ = step(state, {}, float(i + 1))
         decay = min(0.2, (1 + i) / (10 + i))
         average = decay * average + (1 - decay) * (i + 1)
         np.testing.assert_allclose(state.params["w"], i + 1, rtol=1e-6)
@@ -46,23 +50,23 @@ def test_the_moving_average_starts_fast_and_then_keeps_its_decay():
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30])  # the last: a finite loss would overflow in the gradient's norm
 def test_a_step_that_is_not_finite_changes_nothing_but_its_number(bad):
     optimizer = train_state.make_optimizer(config())
-    step = train_state.make_step(squares, optimizer, ema_decay=0.9, seed=0)
-    state, _ = step(train_state.init_state(params(), optimizer), 3.0)
+    step = make_step(squares, optimizer, ema_decay=0.9)
+    state, _ = step(train_state.init_state(params(), optimizer), {}, 3.0)
     before = jax.tree.map(np.array, state)
-    state, metrics = step(state, bad)
+    state, metrics = step(state, {}, bad)
     assert metrics["finite"] == 0.0 and int(state.step) == 2
     for name in ("params", "opt_state", "ema"):
         jax.tree.map(np.testing.assert_array_equal, getattr(state, name), getattr(before, name))
-    state, metrics = step(state, 3.0)
+    state, metrics = step(state, {}, 3.0)
     assert metrics["finite"] == 1.0 and np.any(state.params["head"]["kernel"] != before.params["head"]["kernel"])
 
 
 def test_frozen_groups_keep_their_values_and_the_others_learn():
     optimizer = train_state.make_optimizer(config(frozen=("body",)))
-    step = train_state.make_step(squares, optimizer, ema_decay=0.9, seed=0)
+    step = make_step(squares, optimizer, ema_decay=0.9)
     state = train_state.init_state(params(), optimizer)
     for _ in range(5):
-        state, _ = step(state, 3.0)
+        state, _ = step(state, {}, 3.0)
     np.testing.assert_array_equal(state.params["body"]["kernel"], 2.0)
     np.testing.assert_array_equal(state.ema["body"]["kernel"], 2.0)
     assert np.all(np.asarray(state.params["head"]["bias"]) > 1.1)
@@ -106,8 +110,8 @@ def test_the_last_fall_ends_where_the_run_does(steps):
 
 def test_weights_decay_and_biases_do_not():
     optimizer = train_state.make_optimizer(config(warmup_steps=0))
-    step = train_state.make_step(lambda p, b, k: (0.0 * squares(p, b, k)[0], {}), optimizer, ema_decay=0.9, seed=0)
-    state, _ = step(train_state.init_state(params(), optimizer), 3.0)
+    step = make_step(lambda *args: (0.0 * squares(*args)[0], {}), optimizer, ema_decay=0.9)
+    state, _ = step(train_state.init_state(params(), optimizer), {}, 3.0)
     np.testing.assert_allclose(state.params["head"]["kernel"], 1 - 0.1 * 0.5, rtol=1e-5)
     np.testing.assert_array_equal(state.params["head"]["bias"], 1.0)
 
@@ -115,10 +119,10 @@ def test_weights_decay_and_biases_do_not():
 def test_every_step_and_every_seed_draws_its_own_numbers():
     def draws(seed):
         optimizer = train_state.make_optimizer(config())
-        step = train_state.make_step(squares, optimizer, ema_decay=0.9, seed=seed)
-        state, drawn = train_state.init_state(params(), optimizer), []
+        step = make_step(squares, optimizer, ema_decay=0.9)
+        state, drawn = train_state.init_state(params(), optimizer, seed), []
         for _ in range(3):
-            state, metrics = step(state, 1.0)
+            state, metrics = step(state, {}, 1.0)
             drawn.append(float(metrics["draw"]))
         return drawn
 
@@ -133,7 +137,7 @@ def test_master_weights_are_float32():
     assert state.params["w"].dtype == state.ema["w"].dtype == jnp.float32
 
 
-def mean_loss(params, batch, key):
+def mean_loss(params, constants, batch, key):
     """Of samples, as a training loss is; its gradient is an average over them."""
     return jnp.mean(jnp.square(batch["x"] @ params["head"]["kernel"] - batch["y"])), {"mean": jnp.mean(batch["x"])}
 
@@ -143,20 +147,41 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch():
     batch = {name: jnp.asarray(rng.standard_normal((8, 2)), jnp.float32) for name in ("x", "y")}
     ends = []
     for count in (1, 4):
-        step = train_state.make_step(mean_loss, optax.sgd(0.1), 0.9, 0, micro_batches=count)
-        state, metrics = step(train_state.init_state(params(), optax.sgd(0.1)), batch)
+        step = make_step(mean_loss, optax.sgd(0.1), 0.9, micro_batches=count)
+        state, metrics = step(train_state.init_state(params(), optax.sgd(0.1)), {}, batch)
         ends.append((state.params["head"]["kernel"], metrics["loss"], metrics["grad_norm"], metrics["mean"]))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), *ends)
-    step = train_state.make_step(mean_loss, optax.sgd(0.1), 0.9, 0, micro_batches=3)
+    step = make_step(mean_loss, optax.sgd(0.1), 0.9, micro_batches=3)
     with pytest.raises(UserError, match="micro_batches: 3 does not divide a batch of 8"):
-        step(train_state.init_state(params(), optax.sgd(0.1)), batch)
+        step(train_state.init_state(params(), optax.sgd(0.1)), {}, batch)
+
+
+def test_weights_go_on_from_the_moving_average_after_a_restart():
+    """Plain gradient descent at rate 1/2 lands on the target wherever it starts; a loss of nothing leaves it there."""
+    loss = lambda p, c, target, k: (0.0 * jnp.sum(p["w"]), {})  # noqa: E731
+    step = make_step(loss, optax.sgd(0.5), ema_decay=0.2, restarts=(1,))
+    state = train_state.init_state({"w": jnp.zeros(())}, optax.sgd(0.5))
+    state = state.replace(params={"w": jnp.ones(())})
+    state, _ = step(state, {}, 0.0)
+    assert state.params["w"] == 1.0
+    average = float(state.ema["w"])
+    state, _ = step(state, {}, 0.0)
+    assert 0 < average < 1 and float(state.params["w"]) == pytest.approx(average)
+
+
+def test_constants_reach_the_loss_and_stay():
+    loss = lambda p, c, batch, k: (jnp.mean(jnp.square(p["w"] - c["goal"])), {})  # noqa: E731
+    step = make_step(loss, optax.sgd(0.5), ema_decay=0.2)
+    goal = {"goal": jnp.full((), 7.0)}
+    state, _ = step(train_state.init_state({"w": jnp.zeros(())}, optax.sgd(0.5)), goal, 0.0)
+    assert float(state.params["w"]) == 7.0 and float(goal["goal"]) == 7.0
 
 
 def test_optimizer_and_average_lie_where_their_parameters_do():
     mesh = jax.sharding.AbstractMesh((1, 1, 2, 1, 2), ("data", "branch", "fsdp", "context", "tensor"))
     tree = {"mlp": {"up": {"kernel": jnp.zeros((4, 6)), "bias": jnp.zeros(6)}}}
     state = train_state.init_state(tree, train_state.make_optimizer(config()))
-    places = train_state.state_shardings(state, mesh)
+    places = train_state.tree_shardings(state, mesh)
     kernels = [
         place.spec
         for path, place in jax.tree_util.tree_flatten_with_path(places)[0]
