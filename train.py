@@ -1,10 +1,17 @@
-"""Trains a model: python train.py --config configs/NAME.py --workdir DIR [--config.KEY=VALUE ...]."""
+"""Trains a model: python train.py --config configs/NAME.py --workdir DIR [--config.KEY=VALUE ...].
 
+On several hosts the same command runs on each, with the same --workdir on a disk that all of them see, and
+--distributed, where the cluster tells JAX who is who (TPU pods, SLURM), or --coordinator HOST:PORT --processes N
+--process I.
+"""
+
+import argparse
 import pathlib
 import signal
 import sys
 
 from emv3_jax import command_line
+from emv3_jax.errors import UserError
 
 
 def main(arguments: list[str]) -> int:
@@ -12,14 +19,34 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--workdir", required=True, help="checkpoints, logs and the trained weights; a run resumes here"
     )
+    parser.add_argument("--distributed", action="store_true", help="this is one of several processes of a cluster")
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="of the first process, where no cluster tells")
+    parser.add_argument("--processes", type=int, help="how many there are")
+    parser.add_argument("--process", type=int, help="which one this is, from 0")
     options, cfg = command_line.parse(parser, arguments)
     command_line.setup_compile_cache()
+    join_others(options)
 
     from emv3_jax.training import cycle, loop, recipes
 
     workdir = pathlib.Path(options.workdir)
     stopped = cycle.train(cfg, workdir) if "cycle" in cfg else loop.train(recipes.build(cfg), cfg, workdir)
     return 128 + stopped if stopped == signal.SIGINT else 0  # SIGTERM is how a machine is taken back: all is saved
+
+
+def join_others(options: argparse.Namespace) -> None:
+    explicit = (options.coordinator, options.processes, options.process)
+    if any(value is not None for value in explicit):
+        if any(value is None for value in explicit) or not 0 <= options.process < options.processes:
+            raise UserError("--coordinator, --processes N and --process I (from 0 to N - 1) belong together")
+    elif not options.distributed:
+        return
+    import jax
+
+    try:
+        jax.distributed.initialize(*explicit)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"the processes did not find one another: {str(error).splitlines()[0]}") from error
 
 
 if __name__ == "__main__":

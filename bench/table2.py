@@ -21,7 +21,7 @@ import json
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -29,7 +29,18 @@ import ml_collections
 import numpy as np
 
 from bench.long_video import seams
-from configs import puppet_base, puppet_full_cycle, puppet_sft
+from configs import (
+    puppet_base,
+    puppet_full_cycle,
+    table2_allocation_a,
+    table2_allocation_b,
+    table2_allocation_c,
+    table2_no_ema,
+    table2_schedule_a,
+    table2_schedule_b,
+    table2_sft_dpo,
+    table2_sft_only,
+)
 from emv3_jax import Request, checkpoint, command_line, media
 from emv3_jax.data.dataset import Dataset
 from emv3_jax.files import atomic_path
@@ -46,62 +57,33 @@ NEGATIVES, BATCH = 48, 8
 MEASURES = {"sync": "up", "motion": "up", "identity": "down", "distance": "down", "seam": "down"}
 WINDOWS = {"steps": 8, "shift": 3.0, "text_scale": 2.0, "audio_scale": 2.0, "window": 33, "overlap": 3}
 PNG = {"negative_motion": "A puppet sits still.", "negative_detail": "A puppet is sad."}
-EASY_TO_HARD = (
-    (160, (("lipsync", 1.0),)),
-    (320, (("lipsync", 0.3), ("flf2v", 0.7))),
-    (480, puppet_sft.ALL),
-)
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A row: how its training and its sampling differ, and the paper's Sync-C, FVD, ID and HAT."""
+    """A row: the config it is trained by, how its sampling differs, and the paper's Sync-C, FVD, ID and HAT."""
 
     title: str
     paper: tuple[float, float, float, float]
-    change: Callable[[Any], None] = lambda cfg: None
+    config: Any = puppet_full_cycle
     sampling: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-
-def _phda(**bounds: tuple[float, ...]) -> Callable[[Any], None]:
-    return lambda cfg: cfg.phda.update(bounds)
-
-
-def _stages(change: Callable[[dict[str, Any]], dict[str, Any] | None]) -> Callable[[Any], None]:
-    """Changes the stages of the cycle after the first; None leaves one out."""
-
-    def apply(cfg: Any) -> None:
-        later = [change(dict(stage)) for stage in cfg.cycle[1:]]
-        cfg.cycle = (cfg.cycle[0], *[stage for stage in later if stage is not None])
-
-    return apply
-
-
-def _no_average(cfg: Any) -> None:
-    cfg.ema_decay, cfg.inter_task_ema = 0.0, False
 
 
 ROWS: dict[str, Row] = {
     "full": Row("everything", (5.49, 496.76, 1.00, 0.95)),
-    "schedule_a": Row("schedule A: easy to hard", (5.40, 498.09, 0.97, 0.87),
-                      lambda cfg: cfg.update({"tasks": EASY_TO_HARD})),
-    "schedule_b": Row("schedule B: uniform", (4.98, 499.78, 0.96, 0.95),
-                      lambda cfg: cfg.update({"tasks": ((480, puppet_sft.ALL),)})),
-    "no_ema": Row("without EMA", (5.32, 508.82, 0.99, 0.90), _no_average),
-    "allocation_a": Row("allocation A: no audio early", (4.76, 496.90, 1.00, 0.93),
-                        _phda(audio=(500.0, 2000 / 3, 1.0, 0.0))),
-    "allocation_b": Row("allocation B: no text early and middle", (5.51, 489.08, 0.97, 0.81),
-                        _phda(text=(500 / 3, 1000 / 3, 1.0, 0.0))),
-    "allocation_c": Row("allocation C: no image early", (5.51, 540.80, 0.91, 0.93),
-                        _phda(image=(500.0, 2000 / 3, 1.0, 0.0))),
-    "sft_only": Row("SFT only", (4.94, 540.30, 0.99, 0.87),
-                    _stages(lambda stage: stage if "objective" not in stage else None)),
-    "sft_dpo": Row("SFT and paired DPO", (5.21, 480.98, 0.93, 0.89),
-                   _stages(lambda stage: {**stage, "objective": "dpo"} if "objective" in stage else stage)),
+    "schedule_a": Row("schedule A: easy to hard", (5.40, 498.09, 0.97, 0.87), table2_schedule_a),
+    "schedule_b": Row("schedule B: uniform", (4.98, 499.78, 0.96, 0.95), table2_schedule_b),
+    "no_ema": Row("without EMA", (5.32, 508.82, 0.99, 0.90), table2_no_ema),
+    "allocation_a": Row("allocation A: no audio early", (4.76, 496.90, 1.00, 0.93), table2_allocation_a),
+    "allocation_b": Row("allocation B: no text early and middle", (5.51, 489.08, 0.97, 0.81), table2_allocation_b),
+    "allocation_c": Row("allocation C: no image early", (5.51, 540.80, 0.91, 0.93), table2_allocation_c),
+    "sft_only": Row("SFT only", (4.94, 540.30, 0.99, 0.87), table2_sft_only),
+    "sft_dpo": Row("SFT and paired DPO", (5.21, 480.98, 0.93, 0.89), table2_sft_dpo),
     "no_png": Row("without PNG", (5.49, 496.07, 1.00, 0.89), sampling=dict.fromkeys(PNG, "")),
-    "no_long_cfg": Row("without Long Video CFG (chained)", (5.49, 530.21, 0.98, 0.92),
-                       sampling={"long_video": "chained"}),
-}  # fmt: skip
+    "no_long_cfg": Row(
+        "without Long Video CFG (chained)", (5.49, 530.21, 0.98, 0.92), sampling={"long_video": "chained"}
+    ),
+}
 
 
 class Held(Dataset):
@@ -182,9 +164,8 @@ class Bench:
         """A row's weights, stacked over seeds. Stages that rows have in common are trained once."""
         params = self.stage(f"base_{digest(self.base)}", self.base, None)
         params = {**params, "dit": jax.vmap(silent)(params["dit"])}
-        cfg = puppet_full_cycle.get_config()
+        cfg = row.config.get_config()
         cfg.data = self.base.data
-        row.change(cfg)
         done: list[Any] = [self.base.to_dict()]
         for _, stage in cycle.stage_configs(cfg, pathlib.Path("x")):
             rejected = None
@@ -219,9 +200,8 @@ class Bench:
             return json.loads(path.read_text())
         started, row = time.monotonic(), ROWS[key]
         params = self.train(row)
-        cfg = puppet_full_cycle.get_config()
+        cfg = row.config.get_config()
         cfg.data = self.base.data
-        row.change(cfg)
         options = SamplingOptions(**{**WINDOWS, **PNG, **row.sampling})
         found = [
             self.score(self.recipe(cfg, seed).make_pipeline(one(params, seed)), options) for seed in range(self.seeds)
