@@ -19,16 +19,10 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from emv3_jax.config import DIT_PREVIEW
+from emv3_jax.models.dit import forward_flops
 
 LAYERS, WIDTH, FFN, TEXT, IMAGE = 30, 1536, 8960, 512, 257
-
-
-def flops(tokens: int) -> float:
-    """Of the matmuls of one forward without the audio branch, which has a hundredth of them."""
-    projections = 2 * tokens * (4 * WIDTH**2 + 2 * WIDTH**2 + 2 * WIDTH * FFN)  # self, cross, MLP
-    attention = 4 * tokens * WIDTH * (tokens + TEXT + IMAGE)
-    context = 2 * (TEXT + IMAGE) * 2 * WIDTH**2
-    return LAYERS * (projections + attention + context)
 
 
 def timed(work: Callable[[], Any], times: int) -> list[float]:
@@ -120,7 +114,7 @@ def main() -> int:
     if args.side:
         print(json.dumps(SIDES[args.side]((frames, rows, columns), args.dtype, args.forwards)))
         return 0
-    work = flops(frames * rows * columns // 4)
+    work = forward_flops(DIT_PREVIEW, frames * rows * columns // 4)
     print(f"{frames * rows * columns // 4} tokens, {work / 1e12:.2f} TFLOP a forward, {args.dtype}\n")
     print("| side | seconds | best | median | matmul rate | share of it |\n| --- | --- | --- | --- | --- | --- |")
     seconds: dict[str, list[float]] = {side: [] for side in args.sides}

@@ -26,7 +26,7 @@ from emv3_jax.config import DEMO
 from emv3_jax.diffusion import flow
 from emv3_jax.models.dit import Conditions, DiT, zero_inputs
 from emv3_jax.sharding import make_mesh
-from emv3_jax.training import losses
+from emv3_jax.training import distributed, losses
 from emv3_jax.training import state as train_state
 
 # Four heads, so that heads can be divided too; two layers, to compile quickly.
@@ -49,13 +49,13 @@ def batch_of(step: int) -> dict[str, Any]:
     return {"x0": noise(*LATENTS, CFG.latent_channels), "cond": cond}
 
 
-def loss(params: Any, batch: dict[str, Any], key: jax.Array) -> tuple[jax.Array, dict]:
+def loss(params: Any, constants: Any, batch: dict[str, Any], key: jax.Array) -> tuple[jax.Array, dict]:
     """Flow matching."""
     times, noises = jax.random.split(key)
     x0 = batch["x0"]
     t, noise = flow.sample_timesteps(times, x0.shape[0]), jax.random.normal(noises, x0.shape)
     velocity = DiT(CFG).apply({"params": params}, flow.add_noise(x0, noise, t), t, batch["cond"])
-    return losses.flow_matching(jnp.asarray(velocity), x0, noise, 0.0), {}
+    return jnp.mean(losses.velocity_errors(jnp.asarray(velocity), x0, noise)), {}
 
 
 def run(steps: int, mesh: jax.sharding.Mesh | None, micro_batches: int = 1) -> np.ndarray:
@@ -63,13 +63,15 @@ def run(steps: int, mesh: jax.sharding.Mesh | None, micro_batches: int = 1) -> n
     optimizer = optax.adamw(1e-3)
     params = jax.jit(lambda key: DiT(CFG).init(key, *zero_inputs(CFG))["params"])(jax.random.key(0))
     state = train_state.init_state(jax.device_get(params), optimizer)
-    shardings = None if mesh is None else train_state.state_shardings(state, mesh)
+    shardings = None if mesh is None else train_state.tree_shardings(state, mesh)
     state = state if shardings is None else jax.device_put(state, shardings)
-    step = train_state.make_step(loss, optimizer, 0.99, 0, micro_batches, shardings)
+    step = train_state.make_step(train_state.make_update(loss, optimizer, 0.99, micro_batches), shardings)
     found = []
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
         for number in range(steps):
-            state, metrics = step(state, train_state.place_batch(batch_of(number), mesh))
+            batch = batch_of(number)
+            batch = batch if mesh is None else distributed.place_batch(batch, mesh, BATCH)
+            state, metrics = step(state, {}, batch)
             found.append(float(metrics["loss"]))
     return np.array(found)
 

@@ -5,10 +5,9 @@
 
 Needs the libtpu that belongs to the jax that is installed (pip install -e '.[tpu]'), and no TPU. The programs are those
 that are run: a sampling step of `sample.py` (three guidance branches of some windows; text, image and sound prepared),
-or the training step of `train.py` on the same transformer (AdamW, float32 masters, moving average, all blocks computed
-again in the backward pass), given latents and the states of text and image. Prints one row a topology: memory a chip
-(arguments and temporaries), collectives, seconds to compile, and the floor of a step: FLOPs over the chips' peak.
-Nothing is run, so there are no timings.
+or the training step of configs/sft_1b.py (AdamW, float32 masters, moving average, all blocks computed again in the
+backward pass). Prints one row a topology: memory a chip (arguments and temporaries), collectives, seconds to compile,
+and the floor of a step: FLOPs over the chips' peak. Nothing is run, so there are no timings.
 """
 
 import argparse
@@ -28,24 +27,25 @@ os.environ |= {
 
 import jax
 import jax.numpy as jnp
-import optax
+import numpy as np
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
-from bench.dit_forward import flops
+from configs import sft_1b
 from emv3_jax import steps
 from emv3_jax.config import PRESETS, Preset
 from emv3_jax.contexts import Shared, Window
-from emv3_jax.diffusion import flow
 from emv3_jax.diffusion.guidance import ModelVelocity
 from emv3_jax.models.audio_tokens import audio_encoder
 from emv3_jax.models.cdca import KV
-from emv3_jax.models.dit import DiT, zero_inputs
+from emv3_jax.models.dit import DiT, forward_flops, zero_inputs
 from emv3_jax.options import SamplingOptions
 from emv3_jax.pipeline import expected_params
 from emv3_jax.sharding import BATCH, make_mesh, param_shardings
-from emv3_jax.training import losses
+from emv3_jax.training import recipes
 from emv3_jax.training import state as train_state
+from emv3_jax.training.dit_recipe import DiTRecipe
+from emv3_jax.training.schedule import joins
 
 PEAK = {"v4": 275e12, "v5e": 197e12, "v5p": 459e12, "v6e": 918e12}  # bf16 FLOP/s of a chip, as published
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
@@ -90,36 +90,34 @@ def sampling_step(preset: Preset, latents: Latents, batch: int, mesh: jax.shardi
     x, i = shape(batch, frames, height, width, cfg.latent_channels), jax.ShapeDtypeStruct((), jnp.int32)
     with jax.set_mesh(mesh):  # not before: what is computed on the way is computed here
         traced = steps.window_velocity.trace(velocity, plan, shared, window, x, i, ())
-    return traced, 3 * batch * flops(frames * height * width // 4)
+    return traced, 3 * batch * forward_flops(cfg, frames * height * width // 4)
 
 
 def training_step(preset: Preset, latents: Latents, batch: int, mesh: jax.sharding.Mesh) -> tuple[Any, float]:
-    """The traced step for a batch of clips, and its FLOPs: forward, backward, and forward again."""
-    cfg, (frames, height, width) = dataclasses.replace(preset.dit, remat=True), latents
-    model, optimizer = DiT(cfg), optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-4))
-
-    def loss(params: Any, given: dict[str, Any], key: jax.Array) -> tuple[jax.Array, dict]:
-        times, noises = jax.random.split(key)
-        x0 = given["x0"]
-        t, noise = flow.sample_timesteps(times, batch), jax.random.normal(noises, x0.shape)
-        velocity = model.apply({"params": params}, flow.add_noise(x0, noise, t), t, given["cond"])
-        return losses.flow_matching(jnp.asarray(velocity), x0, noise, 0.0), {}
-
-    like = jax.eval_shape(lambda tree: train_state.init_state(tree, optimizer), expected_params(preset)["dit"])
-    shardings = train_state.state_shardings(like, mesh)
-    x, _, cond = jax.eval_shape(lambda: zero_inputs(cfg, frames))
-    grid = (frames, height, width)
-    sizes = {"x0": x.shape[-1:], "given": cond.given.shape[-1:]}
+    """The traced step of configs/sft_1b.py for a batch of clips, and its FLOPs."""
+    config = sft_1b.get_config()
+    config.preset = preset.name
+    preset, (frames, height, width) = recipes.preset_of(config), latents
+    recipe, cfg = DiTRecipe(config, preset), preset.dit
+    recipe.__dict__["_null_text"] = np.zeros((1, cfg.text_len, cfg.text_width), np.float32)
+    optimizer = train_state.make_optimizer(config)
+    params = {"dit": expected_params(preset)["dit"]}
+    like = jax.eval_shape(lambda tree: train_state.init_state(tree, optimizer), params)
+    shardings = train_state.tree_shardings(like, mesh)
     divided = NamedSharding(mesh, PartitionSpec(BATCH))
-    one = lambda *rest: jax.ShapeDtypeStruct((batch, *rest), jnp.float32, sharding=divided)  # noqa: E731
-    conditions = cond.replace(
-        given=one(*grid, *sizes["given"]), text=one(*cond.text.shape[1:]), image=one(*cond.image.shape[1:]),
-        audio=one(*cond.audio.shape[1:]), face_mask=one(height * width // 4), audio_scale=one(),
-    )  # fmt: skip
-    step = train_state.make_step(loss, optimizer, 0.999, 0, 1, shardings)
+    one = lambda *rest, dtype=jnp.float32: jax.ShapeDtypeStruct((batch, *rest), dtype, sharding=divided)  # noqa: E731
+    cond, grid = jax.eval_shape(lambda: zero_inputs(cfg, frames))[2], (frames, height, width)
+    clips = {
+        "latents": one(*grid, cfg.latent_channels), "given": one(*grid, cond.given.shape[-1]),
+        "task": one(dtype=jnp.int32), "has_image": one(), "audio": one(*cond.audio.shape[1:]),
+        "face_mask": one(height * width // 4), "text": one(*cond.text.shape[1:]), "image": one(*cond.image.shape[1:]),
+    }  # fmt: skip
+    update = train_state.make_update(
+        recipe.loss, optimizer, config.ema_decay, config.micro_batches, joins(config.tasks, config.steps)
+    )
     with jax.set_mesh(mesh):
-        traced = step.trace(placed(like, shardings), {"x0": one(*grid, *sizes["x0"]), "cond": conditions})
-    return traced, 4 * batch * flops(frames * height * width // 4)
+        traced = train_state.make_step(update, shardings).trace(placed(like, shardings), {}, clips)
+    return traced, recipe.work(clips)[1]
 
 
 PROGRAMS = {"sample": sampling_step, "train": training_step}
