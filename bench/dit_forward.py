@@ -19,6 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+
 from emv3_jax.config import DIT_PREVIEW
 from emv3_jax.models.dit import forward_flops
 

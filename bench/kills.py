@@ -1,9 +1,9 @@
 """A training run that is killed again and again, against one that is not: python -m bench.kills [--kills 20]
 
 `train.py` trains the puppets' base model for some steps and is killed (SIGKILL) at random moments, then given the same
-command again, until it has died as often as asked; then it is let finish. The losses of all steps must be those of a run
-that nothing disturbed, bit for bit, and so must the weights. Every fifth time it is stopped by SIGTERM instead, which
-must end it with exit code 0.
+command again, until it has died as often as asked; then it is let finish. The losses of all steps must be those of a
+run that nothing disturbed, bit for bit, and so must the weights. Every fifth time it is stopped by SIGTERM instead,
+which must end it with exit code 0.
 
     python -m emv3_jax.data.prepare --puppets train --clips 448 --frames 33 --preset demo --out data/puppets33
 """
