@@ -128,9 +128,7 @@ def _planned(source: Parameters, args: argparse.Namespace) -> jobs.TorchFile:
     if not lora.is_adapters(source):
         return jobs.plan_to_torch(source, args.model, args.set, args.naming, args.dtype, args.base)
     if args.base is not None or args.naming != "released":
-        raise UserError(
-            f"{source.path} holds adapters: they have released names and no base, leave out --naming, --base"
-        )
+        raise UserError(f"{source.path} holds adapters, whose names are released ones: leave out --naming and --base")
     return lora.plan_lora(source, args.model, args.set, args.dtype)
 
 

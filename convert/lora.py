@@ -25,6 +25,7 @@ from convert.parameters import Parameters
 from convert.registry import MODELS, configured, identify_parameters, known_sizes
 from convert.rules import Table
 from convert.sources import Spec
+from emv3_jax.config import DiTConfig
 from emv3_jax.errors import UserError
 
 PREFIX, WEIGHT = "diffusion_model.", ".weight"
@@ -106,11 +107,13 @@ def plan_lora(
     pairs = _pairs(source.header, problems)
     if problems:
         raise ConversionError(str(source.path), problems)
-    kernels = [f"{path}/kernel" for path in pairs]
-    found = identify_parameters(kernels) if model is None else []
+    transformers = [name for name, one in MODELS.items() if isinstance(one.cfg, DiTConfig)]
+    if model not in (None, *transformers):
+        raise UserError(f"{source.path} holds adapters, and {model} has none: --model {', '.join(transformers)}")
+    found = identify_parameters([f"{path}/kernel" for path in pairs], transformers) if model is None else []
     known = [MODELS[model]] if model else [match.model for match in found if match.known == 1]
     if not known:
-        raise UserError(f"{source.path}: no known model ({', '.join(MODELS)}) has all of {', '.join(pairs)}")
+        raise UserError(f"{source.path}: no transformer ({', '.join(transformers)}) has all of {', '.join(pairs)}")
     wanted = None if dtype is None else np.dtype(dtype)
     plans: dict[tuple[LoraTensor, ...], str] = {}
     refused: list[ConversionError] = []
