@@ -18,14 +18,17 @@ line that says so, then the keys. Outputs appear whole or not at all.
 """
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from convert import jobs, lora, released
 from convert.jobs import DTYPES, ToJax
+from convert.lora import ADAPTERS
 from convert.parameters import Parameters, open_parameters
 from convert.registry import MODELS, NAMINGS
 from convert.report import describe
@@ -33,6 +36,14 @@ from convert.writers import check_space, claim
 from emv3_jax.command_line import Parser, run_main
 from emv3_jax.errors import UserError
 from emv3_jax.files import reason
+
+TO_TORCH = """WHAT is one of
+
+  OUT, OUT/vae, OUT/vae.safetensors    of to-jax: all models in the folder, or one
+  WORKDIR/weights, or a file in it     of train.py: the weights at the end of a run, adapters merged
+  WORKDIR/checkpoints, or STEP in it   of train.py: the moving average of the weights; with --unaveraged the weights
+  WORKDIR/weights/adapters             of train.py: a LoRA file, dit-lora.safetensors, in the names that ComfyUI reads
+"""
 
 
 def to_jax(args: argparse.Namespace) -> None:
@@ -122,6 +133,8 @@ def to_torch(args: argparse.Namespace) -> None:
                 print(f"{job.name}: {note}")
             jobs.run_to_torch(job, out, args.overwrite)
             print(f"{out}: {len(job.header)} tensors", flush=True)
+    if (args.source / ADAPTERS).is_dir():
+        print(f"the adapters are merged into these weights; to have them alone, give {args.source / ADAPTERS}")
 
 
 def _planned(source: Parameters, args: argparse.Namespace) -> jobs.TorchFile:
@@ -166,8 +179,13 @@ def parser() -> Parser:
     inward.add_argument("--variant", choices=("preview", "flash"), help="which transformer to take from --from")
     inward.add_argument("--base", type=Path, metavar="FILE", help="checkpoint that fills what the transformer lacks")
     inward.set_defaults(run=to_jax)
-    outward = commands.add_parser("to-torch", help="JAX -> PyTorch checkpoints (.safetensors)")
-    outward.add_argument("source", type=Path, metavar="WHAT", help="what to-jax or train.py wrote: one model, or all")
+    outward = commands.add_parser(
+        "to-torch",
+        help="JAX -> PyTorch checkpoints (.safetensors)",
+        description=TO_TORCH,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    outward.add_argument("source", type=Path, metavar="WHAT", help="what to-jax or train.py wrote")
     outward.add_argument("--naming", choices=NAMINGS, default="released", help="of the keys (default released)")
     outward.add_argument(
         "--base", type=Path, metavar="FILE", help="original checkpoint, to copy what the model does not hold"
@@ -179,7 +197,7 @@ def parser() -> Parser:
     for command in (inward, outward):
         command.add_argument("output", type=Path, nargs="?", metavar="OUT", help="the same as --to OUT")
         command.add_argument("--to", type=Path, metavar="OUT", help="folder, or a file that ends in .safetensors")
-        command.add_argument("--model", choices=sorted(MODELS), help="default: told by the keys")
+        command.add_argument("--model", choices=sorted(MODELS), help="default: told by the keys or paths")
         command.add_argument("--set", action="append", default=[], metavar="NAME=NUMBER", help="another model size")
         command.add_argument("--dtype", choices=DTYPES, help="of what is written (default: as it is)")
         command.add_argument("--overwrite", action="store_true", help="replace an output that exists")
@@ -200,6 +218,19 @@ def main(arguments: Sequence[str]) -> int | None:
         raise UserError(f"{where}{reason(error)}") from error
 
 
+def hide_abandoned_reads() -> None:
+    """Keeps quiet what becomes of reads that Orbax abandons when another one fails: that one has been reported."""
+    tell = sys.unraisablehook
+
+    def tell_others(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            tell(unraisable)
+
+    sys.unraisablehook = tell_others
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+
+
 if __name__ == "__main__":
+    hide_abandoned_reads()
     jax.config.update("jax_platforms", "cpu")  # shapes and files only: leave accelerators to whoever computes
     sys.exit(run_main(main))

@@ -1,6 +1,9 @@
 """What training wrote, on its way to torch: exported weights, checkpoints, adapters."""
 
 import dataclasses
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +28,9 @@ from emv3_jax.training import state as train_state
 
 pytestmark = pytest.mark.usefixtures("tiny_models")
 DITS = ("dit-preview", "dit-flash")
-SCALE = 0.375
+SCALE = 0.3
+ROOT = Path(__file__).parents[2]
+FIELDS = ("width", "heads", "layers", "ffn", "time_features", "text_width", "image_width", "audio_width")
 
 
 def run(*arguments) -> int:
@@ -172,9 +177,12 @@ def test_what_holds_no_whole_model_is_refused_with_the_place_of_one(tmp_path, ca
         (line,) = lines(capsys)
         assert words in line
     for data in (whole / "1/default").rglob("d/*"):
-        data.write_bytes(data.read_bytes()[:100])
-    assert run("to-torch", whole, "--to", out) == 2
-    (line,) = lines(capsys)
+        data.write_bytes(data.read_bytes()[:20_000])
+    sizes = [f"--set={field}={getattr(MODELS['dit-preview'].cfg, field)}" for field in FIELDS]
+    words = [sys.executable, "-m", "convert", "to-torch", whole, *sizes, "--to", out]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)  # stderr whole, to its end
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
     assert "is damaged and cannot be read" in line and line.endswith("give another step's folder")
     assert not out.exists() or not any(out.iterdir())
     (whole / "1/default/_METADATA").unlink()
@@ -201,12 +209,13 @@ def export_adapters(folder, params, pattern, dtype="float32"):
         ("dit-flash", r"blocks/self_attention/(query|out)|cross_kv/audio/.*|audio_tokens/.*|text_embedding/up"),
     ],
 )
-def test_adapters_in_torch_are_the_merged_weights(tmp_path, name, pattern):
+def test_adapters_in_torch_are_the_merged_weights(tmp_path, capsys, name, pattern):
     """W + alpha/r·B·A of the base's torch weights is what the merged weights become in torch."""
     params = params_of(name)
     weights = export_adapters(tmp_path / "weights", params, pattern)
     assert run("to-torch", weights / "adapters", "--to", tmp_path / "out") == 0
     assert run("to-torch", weights, "--to", tmp_path / "out") == 0
+    assert f"to have them alone, give {weights / 'adapters'}\n" in capsys.readouterr().out
     merged, base = load_file(tmp_path / f"out/{name}.safetensors"), tensors_of(name, params)
     lora = load_file(tmp_path / "out/dit-lora.safetensors")
     adapted = {key.removesuffix(".alpha") for key in lora if key.endswith(".alpha")}
@@ -230,7 +239,7 @@ def test_adapters_of_any_variant_have_the_names_that_the_variants_share(tmp_path
         assert run("to-torch", file, "--model", model, "--to", tmp_path / f"{model}.safetensors") == 0
     assert run("to-torch", file, "--to", tmp_path / "any.safetensors") == 0
     want = load_file(tmp_path / "any.safetensors")
-    assert want["diffusion_model.blocks.1.ffn.0.alpha"] == SCALE * 3
+    assert want["diffusion_model.blocks.1.ffn.0.alpha"] == torch.tensor(float(np.float32(SCALE)) * 3)
     assert want["diffusion_model.blocks.1.ffn.0.lora_A.weight"].dtype == torch.bfloat16
     assert len(want) == 6
     for model in ("dit-preview", "dit-flash", "dit-base"):
