@@ -5,29 +5,45 @@
     python -m convert to-jax tuned.safetensors --base wan.safetensors --model dit-preview --to OUT
     python -m convert to-torch OUT --to DIR                               every model in OUT: DIR/<model>.safetensors
     python -m convert to-torch OUT/vae --to vae.safetensors
+    python -m convert to-torch WORKDIR/weights --to DIR                   what train.py exported, with released keys
+    python -m convert to-torch WORKDIR/checkpoints --to DIR               the newest checkpoint's moving average
+    python -m convert to-torch WORKDIR/checkpoints/STEP --unaveraged --to DIR
+    python -m convert to-torch WORKDIR/weights/adapters --to DIR          a LoRA file: DIR/dit-lora.safetensors
     python -m convert inspect FILE                                        exit code 1 where it does not fit
 
 Checkpoints may be .safetensors, sets of them with an index, or PyTorch pickles (which need torch). Converted weights
-are Orbax folders, or one .safetensors file where OUT ends so. A file that does not fit its model key by key is refused
-before anything is written: exit code 2, one line that says so, then the keys. Outputs appear whole or not at all.
+are Orbax folders, or one .safetensors file where OUT ends so. Which model training made is told by the paths and shapes
+of its parameters. A file that does not fit its model key by key is refused before anything is written: exit code 2, one
+line that says so, then the keys. Outputs appear whole or not at all.
 """
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
-from convert import jobs, released
+from convert import jobs, lora, released
 from convert.jobs import DTYPES, ToJax
+from convert.lora import ADAPTERS
+from convert.parameters import Parameters, open_parameters
 from convert.registry import MODELS, NAMINGS
 from convert.report import describe
 from convert.writers import check_space, claim
 from emv3_jax.command_line import Parser, run_main
-from emv3_jax.converted import RECORD
 from emv3_jax.errors import UserError
 from emv3_jax.files import reason
+
+TO_TORCH = """WHAT is one of
+
+  OUT, OUT/vae, OUT/vae.safetensors    of to-jax: all models in the folder, or one
+  WORKDIR/weights, or a file in it     of train.py: the weights at the end of a run, adapters merged
+  WORKDIR/checkpoints, or STEP in it   of train.py: the moving average of the weights; with --unaveraged the weights
+  WORKDIR/weights/adapters             of train.py: a LoRA file, dit-lora.safetensors, in the names that ComfyUI reads
+"""
 
 
 def to_jax(args: argparse.Namespace) -> None:
@@ -98,28 +114,35 @@ def _convert(job: ToJax, out: Path, overwrite: bool) -> None:
 
 
 def to_torch(args: argparse.Namespace) -> None:
-    """One model, or every model in a folder."""
+    """One model, every model in a folder, or adapters."""
     check_output(args)
-    if args.source.is_dir() and not (args.source / RECORD).is_file():
-        sources = jobs.converted_models(args.source)
-        if not sources:
-            raise UserError(f"{args.source} holds no converted weights: give the folder that to-jax wrote")
-    else:
-        sources = [args.source]
+    sources = open_parameters(args.source, args.unaveraged)
     if len(sources) > 1 and (args.model or args.set or args.base):
-        raise UserError(f"--model, --set and --base are for one model: give one of {', '.join(map(str, sources))}")
-    planned = [
-        jobs.plan_to_torch(source, args.model, args.set, args.naming, args.dtype, args.base) for source in sources
-    ]
-    outs = [output(args, f"{job.model.name}.safetensors") for job in planned]
-    if len(outs) > 1 and len(set(outs)) < len(outs):
-        raise UserError(f"{outs[0]} cannot hold {len(outs)} models: give a folder")
+        inside = ", ".join(dict.fromkeys(str(source.path) for source in sources))
+        raise UserError(f"--model, --set and --base are for one model: give one of {inside}")
+    planned = [_planned(source, args) for source in sources]
+    outs = [output(args, f"{job.name}.safetensors") for job in planned]
+    if len(set(outs)) < len(outs):
+        if args.to is not None and args.to.suffix == ".safetensors":
+            raise UserError(f"{outs[0]} cannot hold {len(outs)} models: give a folder")
+        twice = next(job.name for job, out in zip(planned, outs, strict=True) if outs.count(out) > 1)
+        raise UserError(f"{args.source} holds {twice} twice: give the file or folder of one")
     with claim(outs[0].parent):
         for job, out in zip(planned, outs, strict=True):
             for note in job.notes():
-                print(f"{job.model.name}: {note}")
+                print(f"{job.name}: {note}")
             jobs.run_to_torch(job, out, args.overwrite)
             print(f"{out}: {len(job.header)} tensors", flush=True)
+    if (args.source / ADAPTERS).is_dir():
+        print(f"the adapters are merged into these weights; to have them alone, give {args.source / ADAPTERS}")
+
+
+def _planned(source: Parameters, args: argparse.Namespace) -> jobs.TorchFile:
+    if not lora.is_adapters(source):
+        return jobs.plan_to_torch(source, args.model, args.set, args.naming, args.dtype, args.base)
+    if args.base is not None or args.naming != "released":
+        raise UserError(f"{source.path} holds adapters, whose names are released ones: leave out --naming and --base")
+    return lora.plan_lora(source, args.model, args.set, args.dtype)
 
 
 def check_output(args: argparse.Namespace) -> None:
@@ -156,17 +179,25 @@ def parser() -> Parser:
     inward.add_argument("--variant", choices=("preview", "flash"), help="which transformer to take from --from")
     inward.add_argument("--base", type=Path, metavar="FILE", help="checkpoint that fills what the transformer lacks")
     inward.set_defaults(run=to_jax)
-    outward = commands.add_parser("to-torch", help="JAX -> PyTorch checkpoints (.safetensors)")
-    outward.add_argument("source", type=Path, metavar="CONVERTED", help="what to-jax wrote: one model, or all")
+    outward = commands.add_parser(
+        "to-torch",
+        help="JAX -> PyTorch checkpoints (.safetensors)",
+        description=TO_TORCH,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    outward.add_argument("source", type=Path, metavar="WHAT", help="what to-jax or train.py wrote")
     outward.add_argument("--naming", choices=NAMINGS, default="released", help="of the keys (default released)")
     outward.add_argument(
         "--base", type=Path, metavar="FILE", help="original checkpoint, to copy what the model does not hold"
+    )
+    outward.add_argument(
+        "--unaveraged", action="store_true", help="of a training checkpoint its weights, not their moving average"
     )
     outward.set_defaults(run=to_torch)
     for command in (inward, outward):
         command.add_argument("output", type=Path, nargs="?", metavar="OUT", help="the same as --to OUT")
         command.add_argument("--to", type=Path, metavar="OUT", help="folder, or a file that ends in .safetensors")
-        command.add_argument("--model", choices=sorted(MODELS), help="default: told by the keys")
+        command.add_argument("--model", choices=sorted(MODELS), help="default: told by the keys or paths")
         command.add_argument("--set", action="append", default=[], metavar="NAME=NUMBER", help="another model size")
         command.add_argument("--dtype", choices=DTYPES, help="of what is written (default: as it is)")
         command.add_argument("--overwrite", action="store_true", help="replace an output that exists")
@@ -187,6 +218,19 @@ def main(arguments: Sequence[str]) -> int | None:
         raise UserError(f"{where}{reason(error)}") from error
 
 
+def hide_abandoned_reads() -> None:
+    """Keeps quiet what becomes of reads that Orbax abandons when another one fails: that one has been reported."""
+    tell = sys.unraisablehook
+
+    def tell_others(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            tell(unraisable)
+
+    sys.unraisablehook = tell_others
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+
+
 if __name__ == "__main__":
+    hide_abandoned_reads()
     jax.config.update("jax_platforms", "cpu")  # shapes and files only: leave accelerators to whoever computes
     sys.exit(run_main(main))

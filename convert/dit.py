@@ -1,5 +1,7 @@
 """Table of the diffusion transformer: released checkpoint keys <-> `emv3_jax.models.dit.DiT`."""
 
+import functools
+
 import jax
 
 from convert.rules import Rule, Table, conv_rules, linear_rules, norm_rules
@@ -69,7 +71,7 @@ def table(cfg: DiTConfig) -> Table:
     return PREVIEW if cfg.audio_windows is None else FLASH
 
 
+@functools.cache
 def target_tree(cfg: DiTConfig) -> dict:
-    """Shapes of the model's parameters, without computing any."""
-
+    """Shapes of the model's parameters, without computing any. It is the same object each time: leave it as it is."""
     return jax.eval_shape(lambda key: DiT(cfg).init(key, *zero_inputs(cfg)), jax.random.key(0))["params"]

@@ -8,59 +8,35 @@ import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 from tqdm import tqdm
 
 from convert import engine
 from convert.engine import Checkpoint, ConversionError, Plan, TorchTensor
-from convert.registry import GUESSED, MODELS, Match, Model, config_from, configured, identify, identify_one, read_config
-from convert.sources import SafetensorsFile, Source, Spec, open_source, sha256
+from convert.parameters import METADATA, Parameters, open_converted
+from convert.registry import (
+    GUESSED,
+    MODELS,
+    Match,
+    Model,
+    config_from,
+    configured,
+    identify,
+    identify_one,
+    identify_parameters,
+    known_sizes,
+    read_config,
+)
+from convert.sources import Source, Spec, open_source, sha256
 from convert.writers import BATCH_BYTES, OnBytes, SafetensorsWriter, check_space, staged, write_orbax
-from emv3_jax.converted import RECORD, Record, read_parameters, read_record, shapes
+from emv3_jax.converted import Record
 from emv3_jax.errors import UserError
 
-METADATA = "emv3_jax"  # the record's name in the header of a .safetensors file of ours
 DTYPES = ("float32", "bfloat16")
-
-
-class ConvertedFolder(Source):
-    """Converted weights as a source: parameters by '/'-joined path."""
-
-    def __init__(self, path: Path):
-        self.path, self.files = path, (path / RECORD,)
-        self.record: Record | None = read_record(path)
-        self.header = {name: Spec(tuple(leaf.shape), np.dtype(leaf.dtype)) for name, leaf in shapes(path).items()}
-
-    def read(self, key: str) -> np.ndarray:
-        return self.read_many([key])[key]
-
-    def read_many(self, keys: Iterable[str]) -> dict[str, np.ndarray]:
-        return read_parameters(self.path, keys)
-
-
-class ConvertedFile(SafetensorsFile):
-    """The same in one .safetensors file; `record` is None if this program did not write it."""
-
-    def __init__(self, path: Path):
-        super().__init__(path)
-        try:
-            fields = json.loads(self.metadata[METADATA]) if METADATA in self.metadata else None
-            self.record = None if fields is None else Record(**{**fields, "sources": tuple(fields["sources"])})
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: its record is damaged ({error}); convert the weights again") from error
-
-
-def open_converted(path: Path) -> ConvertedFolder | ConvertedFile:
-    """Opens weights that `to-jax` wrote, in either form."""
-    return ConvertedFile(path) if path.suffix == ".safetensors" else ConvertedFolder(path)
-
-
-def converted_models(folder: Path) -> list[Path]:
-    """The folders of converted weights in a folder."""
-    return sorted(path.parent for path in folder.glob(f"*/{RECORD}") if path.parent.name[0] != ".")
 
 
 @contextlib.contextmanager
@@ -185,15 +161,18 @@ def _checkpoint(source: Source, match: Match, cfg: Any) -> Checkpoint:
     return Checkpoint(str(source.path), match.table(cfg), match.model.tree(cfg), source.header, source.read)
 
 
+def _sizes_hint(cfg: Any, model: Model) -> str:
+    sizes = " ".join(f"--set {size}" for size in differences(cfg, model.cfg) if not size.startswith(GUESSED))
+    return f"The file has other sizes; if that is meant: {sizes}" if sizes else ""
+
+
 def _hint(error: ConversionError, match: Match, source: Source, base: Path | None) -> str:
     """What the user may have meant, where the disagreement looks like it."""
     kinds = {problem.split(":")[0] for problem in error.problems}
     if kinds == {"missing"} and base is None:
         return "If it is a fine-tune that holds only some of the tensors, lay it over the others with --base FILE."
     if match.known == 1 and "mis-shaped" in kinds:
-        sizes = differences(read_config(match, source.header), match.model.cfg)
-        settings = " ".join(f"--set {size}" for size in sizes if not size.startswith(GUESSED))
-        return f"The file has other sizes; if that is meant: {settings}" if settings else ""
+        return _sizes_hint(read_config(match, source.header), match.model)
     return ""
 
 
@@ -266,6 +245,11 @@ class ToTorch:
     left_out: tuple[str, ...]
 
     @property
+    def name(self) -> str:
+        """That of the model."""
+        return self.model.name
+
+    @property
     def header(self) -> dict[str, Spec]:
         """Shape and type of every tensor, the widest types first, in the order in which they are written."""
         specs: dict[str, Spec] = {}
@@ -319,7 +303,7 @@ class ToTorch:
 
 
 def plan_to_torch(
-    path: Path,
+    source: Parameters,
     model: str | None = None,
     settings: Sequence[str] = (),
     naming: str = "released",
@@ -329,45 +313,94 @@ def plan_to_torch(
     """Plans the way back to torch tensors.
 
     Args:
-      path: weights that `to-jax` wrote.
-      model, settings: only for files without a record.
+      source: one model's parameters, with a record or, of training, without.
+      model, settings: only for sources without a record; None: told by their paths, and the sizes are the released
+        ones, or those of a preset.
       naming: of the torch keys.
       dtype: of all tensors of floating numbers; None keeps that of the parameters, and of what is copied.
       original: a file of the same model and naming, for the tensors that the model here does not hold.
     Raises:
       UserError: see `plan_to_jax`.
     """
-    source = open_converted(path)
-    record = source.record
-    name = record.model if record else model
-    if name is None:
-        raise UserError(f"{path} does not say which model it holds: say --model")
-    if record and model not in (None, record.model):
-        raise UserError(f"{path} holds {record.model}, not {model}")
-    if name not in MODELS:
-        raise UserError(f"{path} holds {name}, which this program does not know")
-    cfg = config_from(MODELS[name].cfg, record.config) if record else MODELS[name].cfg
-    cfg = configured(cfg, settings)
-    family = MODELS[name].naming(naming)
+    known, cfg = _known_model(source, model, settings)
+    family = known.naming(naming)
     wanted = None if dtype is None else np.dtype(dtype)
-    tree = MODELS[name].tree(cfg)
+    tree, path, record = known.tree(cfg), str(source.path), source.record
     if original is None:
         table = family.table(cfg, record.form if record and record.naming == naming else None)
-        plan = engine.plan_to_torch(table, source.header, tree, str(path), wanted)
-        return ToTorch(MODELS[name], source, plan, None, {}, tuple(ignore.reason for ignore in table.ignored))
+        plan = engine.plan_to_torch(table, source.header, tree, path, wanted)
+        return ToTorch(known, source, plan, None, {}, tuple(ignore.reason for ignore in table.ignored))
     under = open_source(original)
-    match = best_match(under.header, name, naming)  # its form, which need not be that of the sources
+    match = best_match(under.header, known.name, naming)  # its form, which need not be that of the sources
     under = family.prepare(under)
-    plan = engine.plan_to_torch(match.table(cfg), source.header, tree, str(path), wanted)
+    plan = engine.plan_to_torch(match.table(cfg), source.header, tree, path, wanted)
     checked = engine.plan_to_jax([_checkpoint(under, match, cfg)])
     extra = {key: under.header[key] for keys in checked.ignored.values() for key in keys}
     extra = {
         key: spec.cast(wanted) if jnp.issubdtype(spec.dtype, jnp.floating) else spec for key, spec in extra.items()
     }
-    return ToTorch(MODELS[name], source, plan, under, extra, ())
+    return ToTorch(known, source, plan, under, extra, ())
 
 
-def run_to_torch(job: ToTorch, final: Path, overwrite: bool = False) -> None:
+def _known_model(source: Parameters, name: str | None, settings: Sequence[str]) -> tuple[Model, Any]:
+    """The model and config of parameters: what their record says, or else what their paths and shapes do."""
+    if (record := source.record) is not None:
+        if name not in (None, record.model):
+            raise UserError(f"{source.path} holds {record.model}, not {name}")
+        if record.model not in MODELS:
+            raise UserError(f"{source.path} holds {record.model}, which this program does not know")
+        return MODELS[record.model], configured(config_from(MODELS[record.model].cfg, record.config), settings)
+    if name is None:
+        name = identify_one(source.header, str(source.path), identify_parameters).model.name
+    model = MODELS[name]
+    sizes = (configured(model.cfg, settings),) if settings else known_sizes(model)
+    refused: list[ConversionError] = []
+    for cfg in sizes:
+        problems = [
+            f"mis-typed: {path} is {spec.dtype}, the model wants floating numbers"
+            for path, spec in source.header.items()
+            if not jnp.issubdtype(spec.dtype, jnp.floating)
+        ]
+        try:
+            engine.plan_to_torch(model.naming().table(cfg), source.header, model.tree(cfg), str(source.path))
+        except ConversionError as error:
+            problems += error.problems
+        if not problems:
+            return model, cfg
+        refused.append(ConversionError(str(source.path), problems))
+    first = refused[0]
+    hint = _sizes_hint(_shown_sizes(model, source), model) if any("mis-shaped" in p for p in first.problems) else ""
+    raise ConversionError(first.source_name, first.problems, hint)
+
+
+def _shown_sizes(model: Model, source: Parameters) -> Any:
+    """The released config with every size that shows in the shapes of parameters."""
+    match = max(identify_parameters(source.header, [model.name]), key=lambda match: match.rank, default=None)
+    cfg = match.cfg if match else model.cfg
+    ranks = {path: len(leaf.shape) for path, leaf in traverse_util.flatten_dict(model.tree(cfg), sep="/").items()}
+    shapes = {path: spec.shape for path, spec in source.header.items() if ranks.get(path) == len(spec.shape)}
+    return dataclasses.replace(cfg, **model.read_sizes(shapes, cfg))
+
+
+class TorchFile(Protocol):
+    """What a .safetensors file of torch tensors is written from: a ToTorch, or adapters (`convert.lora`)."""
+
+    @property
+    def name(self) -> str:
+        """Of the file, without its ending."""
+
+    @property
+    def header(self) -> Mapping[str, Spec]:
+        """Shape and type of every tensor, in the order in which they are written."""
+
+    def tensors(self) -> Iterator[np.ndarray]:
+        """Values in the order of the header."""
+
+    def notes(self) -> list[str]:
+        """What a user should know."""
+
+
+def run_to_torch(job: TorchFile, final: Path, overwrite: bool = False) -> None:
     """Writes a .safetensors file as PyTorch programs read it. The folder of `final` must be claimed."""
     if final.exists() and not overwrite:
         raise UserError(f"{final} exists: give --overwrite, or another output")
@@ -376,7 +409,7 @@ def run_to_torch(job: ToTorch, final: Path, overwrite: bool = False) -> None:
     check_space(final.parent, total)
     with (
         staged(final) as partial,
-        progress(job.model.name, total) as on_bytes,
+        progress(job.name, total) as on_bytes,
         SafetensorsWriter(partial, header, {"format": "pt"}) as writer,  # without it, transformers refuses the file
     ):
         for values in job.tensors():

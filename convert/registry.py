@@ -11,11 +11,21 @@ from convert import clip, dit, names_diffusers, names_huggingface, umt5, vae, wa
 from convert.engine import parameter_shapes
 from convert.rules import Table
 from convert.sources import Source, Spec, TiedTensors
-from emv3_jax.config import DIT_FLASH, DIT_PREVIEW, CLIPConfig, DiTConfig, UMT5Config, VAEConfig, Wav2Vec2Config
+from emv3_jax.config import (
+    DIT_FLASH,
+    DIT_PREVIEW,
+    PRESETS,
+    CLIPConfig,
+    DiTConfig,
+    UMT5Config,
+    VAEConfig,
+    Wav2Vec2Config,
+)
 from emv3_jax.errors import UserError
 
 Shapes = Mapping[str, tuple[int, ...]]
 GUESSED = ("heads", "audio_windows.layers")  # by `read_config`: these sizes do not show in shapes
+PARTS = ("vae", "dit", "text", "image", "speech")  # of presets that are models
 SURE = 0.5  # share of a model's rules that a file must fill to be taken for that model
 
 
@@ -295,9 +305,33 @@ def _fit(table: Table, keys: tuple[str, ...], tied: tuple[str, str] | None) -> t
     return known / max(len(keys), 1), len(filled) / len(table.rules)
 
 
-def identify_one(header: Iterable[str], name: str) -> Match:
+def identify_parameters(paths: Iterable[str], models: Iterable[str] = MODELS) -> list[Match]:
+    """As `identify`, of parameters by '/'-joined path instead of torch keys; of every model the first form."""
+    paths, found = tuple(paths), []
+    for model in (MODELS[name] for name in models):
+        family = model.naming()
+        form = next(iter(family.forms))
+        found.append(
+            max(
+                (
+                    Match(model, family, form, cfg, *_fit_backwards(family.table(cfg), paths))
+                    for cfg in (model.cfg, *model.other_keys)
+                ),
+                key=lambda match: match.rank,
+            )
+        )
+    return sorted((match for match in found if match.known), key=lambda match: match.rank, reverse=True)
+
+
+def _fit_backwards(table: Table, paths: tuple[str, ...]) -> tuple[float, float]:
+    rules = [[i for i, rule in enumerate(table.compiled) if rule.target.fullmatch(path)] for path in paths]
+    filled = {number for some in rules for number in some}
+    return sum(map(bool, rules)) / max(len(paths), 1), len(filled) / len(table.rules)
+
+
+def identify_one(header: Iterable[str], name: str, identified: Callable[..., list[Match]] = identify) -> Match:
     """The model that a file certainly is; raises UserError, naming the candidates, where that is open."""
-    found = identify(header)
+    found = identified(header)
     if not found:
         raise UserError(f"{name}: its keys are those of no known model ({', '.join(MODELS)})")
     best = found[0]
@@ -317,6 +351,12 @@ def read_config(match: Match, header: Mapping[str, Spec]) -> Any:
             cfg = dataclasses.replace(cfg, layers=cfg.layers if count == cfg.layers - 1 else count)
     sizes = match.model.read_sizes(parameter_shapes(match.table(cfg), header), cfg)
     return dataclasses.replace(cfg, **sizes)
+
+
+def known_sizes(model: Model) -> tuple[Any, ...]:
+    """Configs of a model whose sizes need not be given: the released one, and those of presets."""
+    parts = [getattr(preset, part) for preset in PRESETS.values() for part in PARTS]
+    return tuple(dict.fromkeys((model.cfg, *(cfg for cfg in parts if type(cfg) is type(model.cfg)))))
 
 
 def configured(cfg: Any, settings: Iterable[str]) -> Any:

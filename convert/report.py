@@ -7,7 +7,8 @@ from pathlib import Path
 
 from convert import engine
 from convert.engine import Checkpoint, ConversionError
-from convert.jobs import METADATA, ConvertedFile, ConvertedFolder, converted_models, differences, groups, open_converted
+from convert.jobs import differences, groups
+from convert.parameters import METADATA, ConvertedFile, ConvertedFolder, converted_models, open_converted
 from convert.registry import GUESSED, MODELS, SURE, config_from, identify, read_config
 from convert.sources import Source, Spec, open_source, sha256
 from emv3_jax.converted import AGAIN, RECORD

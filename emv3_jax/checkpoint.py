@@ -32,10 +32,10 @@ def save_params(path: pathlib.Path, params: Mapping, dtype: str = "float32"):
     Args:
       path: a .safetensors file.
       params: nested dict of arrays.
-      dtype: of the floating arrays in the file.
+      dtype: of the arrays in the file; single numbers, such as the scale of adapters, keep theirs.
     """
-    flat = traverse_util.flatten_dict(dict(params), sep="/")
-    arrays = {name: np.asarray(value).astype(dtype, order="C") for name, value in flat.items()}
+    flat = {name: np.asarray(value) for name, value in traverse_util.flatten_dict(dict(params), sep="/").items()}
+    arrays = {name: value.astype(dtype, order="C") if value.ndim else value for name, value in flat.items()}
     write_safetensors(path, arrays)
 
 

@@ -89,17 +89,26 @@ def _size(path: Path) -> int:
 def shapes(folder: PathLike) -> dict[str, jax.ShapeDtypeStruct]:
     """Shape and type of every parameter by '/'-joined path, without reading values; raises as `read_record`."""
     read_record(folder)
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        try:
-            tree = checkpointer.metadata(Path(folder).absolute()).item_metadata.tree
-        except (ValueError, OSError, KeyError, AttributeError) as error:
-            raise _damaged(folder, error) from error
+    return stored_shapes(folder)
+
+
+def stored_shapes(folder: PathLike, remedy: str = AGAIN) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape and type of every array of an Orbax checkpoint, with a record or not, by '/'-joined path.
+
+    Raises:
+      UserError: it cannot be read; `remedy` says what to do about it.
+    """
+    try:  # of the handler: a checkpointer warns where a folder is one item of a larger checkpoint
+        tree = ocp.PyTreeCheckpointHandler().metadata(Path(folder).absolute()).tree
+    except (ValueError, OSError, KeyError, AttributeError) as error:
+        raise _damaged(folder, error, remedy) from error
     flat = traverse_util.flatten_dict(tree, sep="/")
-    return {path: jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype) for path, leaf in flat.items()}
+    arrays = {path: leaf for path, leaf in flat.items() if hasattr(leaf, "shape")}  # an optimizer has lists too
+    return {path: jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype) for path, leaf in arrays.items()}
 
 
-def read_parameters(folder: PathLike, paths: Iterable[str]) -> dict[str, np.ndarray]:
-    """Some parameters in host memory, by '/'-joined path; raises UserError if they are damaged."""
+def read_parameters(folder: PathLike, paths: Iterable[str], remedy: str = AGAIN) -> dict[str, np.ndarray]:
+    """Some parameters in host memory, by '/'-joined path; raises UserError, with a remedy, if they are damaged."""
     item = traverse_util.unflatten_dict({path: np.zeros(()) for path in paths}, sep="/")
     args = ocp.args.PyTreeRestore(
         item, restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item), partial_restore=True
@@ -108,7 +117,7 @@ def read_parameters(folder: PathLike, paths: Iterable[str]) -> dict[str, np.ndar
         try:
             values = checkpointer.restore(Path(folder).absolute(), args=args)
         except Exception as error:  # Orbax wraps TensorStore's errors in a bare Exception
-            raise _damaged(folder, error) from error
+            raise _damaged(folder, error, remedy) from error
     return traverse_util.flatten_dict(values, sep="/")
 
 
@@ -161,6 +170,6 @@ def _in_flight(parameters: Mapping[str, jax.ShapeDtypeStruct]) -> int:
     return max(2, math.ceil(largest / 1e9) + 1)
 
 
-def _damaged(folder: PathLike, error: Exception) -> UserError:
+def _damaged(folder: PathLike, error: Exception, remedy: str = AGAIN) -> UserError:
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return UserError(f"{folder} is damaged and cannot be read ({line[:200]}); {AGAIN}")
+    return UserError(f"{folder} is damaged and cannot be read ({line[:200]}); {remedy}")

@@ -301,11 +301,12 @@ def test_other_sizes_are_refused_with_the_settings_that_would_fit(tensors_of, wr
 
 def test_errors_exit_2_with_one_clear_line(tensors_of, write, tmp_path, capsys):
     source, output = write(tmp_path / "a.safetensors", {"foo": np.zeros(1, np.float32)}), tmp_path / "b.safetensors"
+    (tmp_path / "empty").mkdir()
     cases = [
         (["to-jax", "--model", "dit-preview", source, output], "keys do not fit the model:"),
         (["to-torch", "--model", "vae", source, output], "keys do not fit the model:"),
-        (["to-torch", source, output], "does not say which model it holds: say --model"),
-        (["to-torch", tmp_path, output], "holds no converted weights"),
+        (["to-torch", source, output], "its keys are those of no known model"),
+        (["to-torch", tmp_path / "empty", output], "holds no converted weights and none that were trained"),
         (["to-jax", "--model", "vae", "--set", "colour=3", source, output], "--set colour=3: give NAME=N"),
         (["to-jax", "--model", "vae", source, source], "give another output"),
         (["to-jax", source, output], "those of no known model"),
