@@ -2,7 +2,7 @@
 
 python train.py --config configs/lora.py --workdir runs/lora
 python sample.py --config configs/preview.py --config.weights=runs/lora/weights ...
-python -m convert to-torch runs/lora/weights/adapters --to lora.safetensors
+python -m convert to-torch runs/lora/weights/adapters --to lora
 
 As finetune.py, but what is trained are adapters of rank 32 of the projections that `adapters.on` matches: those of
 attention to the picture itself, to text, image and sound, and of the MLPs. The run writes the merged weights, and the

@@ -254,7 +254,7 @@ class DiTRecipe:
         if self.cfg.adapters:
             scale = np.float32(self.cfg.adapters.scale / self.cfg.adapters.rank)
             tree = {"scale": scale, "adapters": params}
-            checkpoint.save_params(folder / "adapters" / "dit.safetensors", tree, self.cfg.export_dtype)
+            checkpoint.save_params(folder / "adapters" / "dit.safetensors", tree)
         if examples.encoders_trained(self.preset):
             weights = {**weights, **dict(self.frozen)}
         checkpoint.save_models(folder, weights, self.cfg.export_dtype)
