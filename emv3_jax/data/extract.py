@@ -62,7 +62,8 @@ class Extractor:
         latents, masked = self._encode(self.params["vae"], clip.video, masks)
         half = lambda x: np.asarray(x, np.float16)  # noqa: E731
         mouth = self._mask_channels(masks[GIVEN_TASKS.index("lipsync")][None])[0]
-        tokens = conditioning.face_tokens(clip.face, height, width, self.preset.face_floored)
+        face = clip.face if self.preset.dit.audio_windows is None else None  # flash takes none (conditioning.prepare)
+        tokens = conditioning.face_tokens(face, height, width, self.preset.face_floored)
         example = {
             "id": clip.id,
             "caption": clip.caption,
