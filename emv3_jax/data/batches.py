@@ -19,8 +19,8 @@ def ahead(make: Callable[[int], Any], first: int, last: int, count: int) -> Iter
         return
     grain = extra.load("grain")
 
-    class Steps(grain.sources.RandomAccessDataSource):
-        """Batches as a source of data."""
+    class Steps:
+        """Batches as what grain takes for a source of data."""
 
         def __len__(self) -> int:
             return max(last - first + 1, 0)

@@ -215,9 +215,7 @@ def _finish(folder: Path, schema: Any, plan: dict[str, Any], say: Callable[[str]
         except FileNotFoundError:  # done before, or by another process
             if not path.exists():
                 _part(folder, k).with_suffix(".json").unlink(missing_ok=True)
-                raise UserError(
-                    f"{_part(folder, k)} has been deleted: give the command again to make it anew"
-                ) from None
+                raise UserError(f"{_part(folder, k)} is gone: give the command again to make it anew") from None
     split = tfds.core.SplitInfo(
         name="train",
         shard_lengths=[len(reports[k]["clips"]) for k in full],
@@ -225,10 +223,11 @@ def _finish(folder: Path, schema: Any, plan: dict[str, Any], say: Callable[[str]
         filename_template=template,
     )
     with tempfile.TemporaryDirectory(dir=folder, prefix=".metadata-") as metadata:
+        (Path(metadata) / path.name).touch()  # TFDS looks for data there
         tfds.folder_dataset.write_metadata(
             data_dir=metadata, features=schema, split_infos=[split], filename_template=template, check_data=False
         )
-        for path in Path(metadata).iterdir():
+        for path in Path(metadata).glob("*.json"):
             path.replace(folder / path.name)
     record = {**plan, "clips": [clip for k in full for clip in reports[k]["clips"]], "dropped": dropped}
     with atomic_path(folder / RECORD) as temporary:

@@ -33,9 +33,7 @@ def make_parser() -> command_line.Parser:
         prog="emv3_jax.data.prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument(
-        "--videos", metavar="DIR|FILE", help="a folder of films, one film, or a manifest (.jsonl or .csv)"
-    )
+    what.add_argument("--videos", metavar="DIR|FILE", help="a folder of films, a film, or a manifest (.jsonl or .csv)")
     what.add_argument("--puppets", choices=SPLITS, help="the small world instead of films")
     parser.add_argument("--out", required=True, metavar="DIR", type=pathlib.Path, help="the dataset")
     parser.add_argument("--preset", choices=sorted(PRESETS), default="preview", help="(default: preview)")
@@ -116,11 +114,7 @@ def _frozen(preset: Preset, weights: str | None) -> dict:
     """The frozen models of a preset that training examples are seen by."""
     from emv3_jax import pipeline
 
-    roles = [
-        "vae",
-        *(["speech"] if preset.speech else []),
-        *([] if examples.encoders_trained(preset) else ["text", "image"]),
-    ]
+    roles = ["vae"] + ["speech"] * bool(preset.speech) + ["text", "image"] * (not examples.encoders_trained(preset))
     return dict(pipeline.load_models(preset, weights, roles))
 
 
