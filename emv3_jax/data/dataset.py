@@ -44,9 +44,12 @@ class Dataset:
             raise UserError(f"the dataset {folder} is of the preset {self.record['preset']}, not of {preset.name}")
         tfds = extra.load("tensorflow_datasets")
         try:
-            self._source = tfds.builder_from_directory(self.folder).as_data_source("train")
-            self._source.__getitems__([0])  # opens the files of all shards
-        except (ValueError, OSError, KeyError, RuntimeError) as error:
+            made = tfds.builder_from_directory(self.folder)
+            self._source = made.as_data_source("train")
+            split = made.info.splits["train"]
+            if sum(Path(path).stat().st_size for path in split.filepaths) != split.num_bytes:
+                raise UserError("shards are cut off")
+        except Exception as error:  # TFDS passes on whatever its readers raise
             raise UserError(f"the dataset {folder} is damaged ({error}): {again}") from error
         if len(self._source) != len(self.record["clips"]):
             raise UserError(f"the dataset {folder} is damaged (clips are missing): {again}")
@@ -63,8 +66,15 @@ class Dataset:
         return self.record["clips"][number][0]
 
     def examples(self, numbers: Sequence[int]) -> list[Example]:
-        """Clips by number."""
-        return self._source.__getitems__([int(number) for number in numbers])
+        """Clips by number.
+
+        Raises:
+          UserError: a file is damaged or gone.
+        """
+        try:
+            return self._source.__getitems__([int(number) for number in numbers])
+        except Exception as error:  # TFDS passes on whatever its readers raise
+            raise UserError(f"the dataset {self.folder} is damaged ({error}): make it anew") from error
 
 
 class Plan:

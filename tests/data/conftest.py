@@ -1,8 +1,9 @@
 """Clips, sources of them, films in files, and an extractor without models, for tests of training data."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
-from pathlib import Path
 
 from emv3_jax.config import FPS, RATE
 from emv3_jax.data.builder import Dropped
