@@ -68,7 +68,7 @@ class Extractor:
         if not encoders_trained(self.preset):
             example["text"] = self.text(clip.caption)
             pixels = clip.video[:1].astype(np.float32) / 127.5 - 1.0
-            example["image_states"] = np.asarray(self._image_states(pixels))[0]
+            example["image_states"] = np.asarray(_image_states(self.preset, self.params["image"], pixels))[0]
         return example
 
     def text(self, caption: str) -> np.ndarray:
@@ -76,9 +76,6 @@ class Extractor:
         ids, mask = self.words.encode([caption])
         states = umt5.encode_by_layer(self.preset.text, self.params["text"], ids, mask)
         return np.asarray(states[0, : int(mask.sum())], np.float32)
-
-    def _image_states(self, pixels: np.ndarray) -> jax.Array:
-        return conditioning.encode_image({"image": self.params["image"]}, self.preset, pixels, np.ones(1, np.float32))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -88,6 +85,12 @@ def _encode(cfg: VAEConfig, params: Any, video: jax.Array, masks: jax.Array) -> 
     seen = jnp.concatenate([video[None], tasks.masked_video(video[None], masks)])
     latents = vae_model.encode_chunked(vae_model.WanVAE(cfg), params, seen)[0]
     return latents[0], latents[1:]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _image_states(preset: Preset, params: Any, pixels: jax.Array) -> jax.Array:
+    """pixels [1, H, W, 3] -> [1, image_tokens, image_width]."""
+    return conditioning.encode_image({"image": params}, preset, pixels, jnp.ones(1))
 
 
 _mask_channels = jax.jit(tasks.mask_channels)

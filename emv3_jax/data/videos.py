@@ -186,7 +186,9 @@ class Films:
         try:
             yield from self._cut(film)
         except UserError as error:
-            yield Dropped(film.name, str(error).replace(f"video {film.path}", "the film"))  # the same for all such files
+            yield Dropped(
+                film.name, str(error).replace(f"video {film.path}", "the film")
+            )  # the same for all such files
 
     def _cut(self, film: Film) -> Iterator[RawClip | Dropped]:
         source = media.VideoSource(film.path)

@@ -188,7 +188,7 @@ def test_examples_that_are_not_finite_are_dropped(source, no_models, tmp_path, t
     record = build(source([[clip(0), bad, clip(2)]]), no_models, tmp_path, shards=1)
     assert list(contents(tmp_path, tiny)) == ["clip 0", "clip 2"]
     assert record["dropped"] == [{"name": "clip 1", "why": "not finite: latents", "seconds": 0.36}]
-    assert builder.not_finite({"a": np.array([1e6]).astype(np.float16), "b": np.array([1]), "c": "x"}) == ["a"]
+    assert builder.not_finite({"a": np.array([1.0, np.inf], np.float16), "b": np.array([1]), "c": "x"}) == ["a"]
 
 
 def test_a_lost_shard_is_made_again(source, no_models, tmp_path, whole, tiny):

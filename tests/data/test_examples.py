@@ -152,7 +152,7 @@ def test_states_of_frozen_encoders_are_kept(tiny, make_params, clip):
     extractor = Extractor(frozen, params, words)
     some = [extractor.example(clip(k, caption="hello" * k)) for k in (1, 2)]
     ids, mask = words.encode(["hello", "hellohello"])
-    states = umt5.UMT5Encoder(frozen.text).apply({"params": params["text"]}, ids, mask) * mask[..., None]
+    states = jax.jit(umt5.UMT5Encoder(frozen.text).apply)({"params": params["text"]}, ids, mask) * mask[..., None]
     pixels = np.stack([clip(k).video[0] for k in (1, 2)]) / np.float32(127.5) - 1.0
     image = conditioning.encode_image(params, frozen, pixels, np.ones(2))
     assert [example["text"].shape for example in some] == [(6, 64), (11, 64)]

@@ -1,7 +1,6 @@
 """python -m emv3_jax.data.prepare: from films or puppets to batches, and one line for whatever is wrong."""
 
 import dataclasses
-import json
 import sys
 
 import numpy as np
@@ -91,23 +90,6 @@ def test_puppets_go_the_same_way(run, tiny):
         assert examples.text_of(example["caption"]) == clip.prompt
         np.testing.assert_array_equal(example["image"], media.to_uint8(np.asarray(clip.render(32)))[0])
         assert example["latents"].shape == (3, 4, 4, 16)
-
-
-def test_the_sync_model_is_loaded_by_its_name(run, tmp_path, film):
-    """A puppet whose voice is its own stays, one with its voice moved goes."""
-    clip = clips.make_clip("heldout", 0, 69)
-    video = media.to_uint8(np.asarray(clip.render(64)))[:61]
-    for name, first in (("true.mp4", 0), ("moved.mp4", 6)):
-        wave = clip.wave[first * 640 :][: 61 * 640]
-        film(tmp_path / "films" / name, video=video, wave=wave / np.abs(wave).max())
-    code, out, _ = run(
-        "--videos", "films", "--frames", 13, "--face", "none",
-        "--sync-model", "emv3_jax.puppets.sync_model:offset", "--max-offset", 2,
-    )  # fmt: skip
-    assert code == 0
-    kept = [row[0] for row in json.loads((tmp_path / "out" / "dataset.json").read_text())["clips"]]
-    assert sum(name.startswith("true") for name in kept) > 2 > sum(name.startswith("moved") for name in kept)
-    assert any("sound and picture are apart: moved.mp4" in line for line in out)
 
 
 def test_states_of_the_empty_prompt_lie_beside_where_text_is_frozen(

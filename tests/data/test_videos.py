@@ -15,6 +15,7 @@ from emv3_jax.data import videos
 from emv3_jax.data.builder import Dropped
 from emv3_jax.data.videos import Film, Films, Rules, find_films
 from emv3_jax.errors import UserError
+from emv3_jax.puppets.clips import make_clip
 
 
 def cut(films, preset, frames=(9,), face="none", words=None, **rules):
@@ -314,6 +315,17 @@ def test_the_sync_model_is_asked(tmp_path, film, tiny, monkeypatch):
     ):  # fmt: skip
         with pytest.raises(UserError, match=words):
             cut(of(path), tiny, sync_model=name)
+
+
+def test_puppets_whose_voice_is_moved_are_found_out(tmp_path, film, tiny):
+    clip = make_clip("heldout", 0, 69)
+    video = media.to_uint8(np.asarray(clip.render(64)))[:61]
+    rules = {"frames": (61,), "sync_model": "emv3_jax.puppets.sync_model:offset", "max_offset": 2.0}
+    for name, first, why in (("true.mp4", 0, []), ("moved.mp4", 4, ["sound and picture are apart"])):
+        wave = clip.wave[first * RATE // 25 :][: 61 * RATE // 25]
+        path = film(tmp_path / name, video=video, wave=wave / np.abs(wave).max())
+        kept, dropped = cut(of(path), dataclasses.replace(tiny, height=64, width=64, max_frames=61), **rules)
+        assert len(kept) == 1 - len(why) and [row.why for row in dropped] == why
 
 
 @pytest.mark.parametrize(
