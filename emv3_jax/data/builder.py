@@ -11,6 +11,7 @@ step of the end may be done twice, or by two processes at once: they write the s
 """
 
 import collections
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -86,7 +87,7 @@ def build(
         say(f"{folder} is complete already")
         return read_record(folder)
     if process >= shards:
-        say(f"nothing to make here: {shards} shards for {processes} processes (--shards)")
+        say(f"nothing to make here: there are {processes} processes and no more shards than {shards} (--shards)")
     mine = [k for k in range(process, shards, processes) if not _part(folder, k).with_suffix(".json").exists()]
     schema, started, made = examples.features(extractor.preset), time.monotonic(), 0
     for done, k in enumerate(mine):
@@ -204,6 +205,8 @@ def _finish(folder: Path, schema: Any, plan: dict[str, Any], say: Callable[[str]
     if not full:
         _remove_shards(folder, plan["shards"], reports=True)
         (folder / PLAN).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # other things are in it
+            folder.rmdir()
         raise UserError(f"no clip was kept, so there is no dataset in {folder}: see why above")
     template = tfds.core.ShardedFileTemplate(
         data_dir=folder, dataset_name=examples.DATASET, split="train", filetype_suffix="array_record"

@@ -4,6 +4,7 @@ A file is read a frame at a time; no more than two clips' frames are in memory, 
 """
 
 import collections
+import contextlib
 import dataclasses
 import importlib
 import itertools
@@ -21,7 +22,7 @@ from emv3_jax.data.extract import RawClip
 from emv3_jax.errors import UserError
 from emv3_jax.files import PathLike, reason
 from emv3_jax.media.face_box import Box
-from emv3_jax.request import fitted_size
+from emv3_jax.request import fit_box, fitted_size
 
 SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".flv", ".wmv")
 QUIET = 1e-3  # of full scale: a clip without a louder sample says nothing
@@ -210,15 +211,21 @@ class Films:
         at, left = first, last - first
         while fitting := [n for n in self.rules.frames if n <= left]:
             count = max(fitting)
-            video = np.stack([media.fit_image(frame[:height], *size)[0] for frame in itertools.islice(frames, count)])
+            video, whole = np.empty((count, *size, 3), np.uint8), []
+            for k, frame in enumerate(itertools.islice(frames, count)):
+                video[k] = media.fit_image(frame[:height], *size)[0]
+                if k in (0, count // 2, count - 1):
+                    whole.append(frame[:height])
             sound = wave[round(at / FPS * RATE) : round((at + count) / FPS * RATE)]
-            yield self._looked_through(film, f"{film.name}/{at / FPS:.2f}", video, sound)
+            yield self._looked_through(film, f"{film.name}/{at / FPS:.2f}", video, sound, whole)
             at, left = at + count, left - count
         if left:
             yield Dropped(f"{film.name}/{at / FPS:.2f}", "the rest of a film, shorter than a clip", left / FPS)
 
-    def _looked_through(self, film: Film, name: str, video: np.ndarray, wave: np.ndarray) -> RawClip | Dropped:
-        """The clip, or why it is dropped."""
+    def _looked_through(
+        self, film: Film, name: str, video: np.ndarray, wave: np.ndarray, whole: Sequence[np.ndarray]
+    ) -> RawClip | Dropped:
+        """The clip, or why it is dropped. whole: some of its frames in the film's own size, to find faces in."""
         seconds = len(video) / FPS
         if len(wave) < len(video) / FPS * RATE * 0.98:
             return Dropped(name, "the sound ends before the picture", seconds)
@@ -227,7 +234,7 @@ class Films:
         wave = np.pad(wave, (0, max(0, round(seconds * RATE) - len(wave))))
         face = None
         if self.rules.face != "none":
-            boxes = [media.detect_faces(video[at]) for at in (0, len(video) // 2, len(video) - 1)]
+            boxes = [_faces(frame, *video.shape[1:3]) for frame in whole]
             if not all(boxes):
                 return Dropped(name, "no face", seconds)
             if self.rules.face == "one" and max(map(len, boxes)) > 1:
@@ -246,6 +253,15 @@ def _length(source: media.VideoSource) -> int:
     """How many pictures `source.frames_at(FPS)` gives."""
     first = int((source.count - 1) * FPS / source.fps)
     return next(k for k in itertools.count(first) if round(k * source.fps / FPS) >= source.count)
+
+
+def _faces(frame: np.ndarray, height: int, width: int) -> list[Box]:
+    """The faces of a film's frame that are seen in a height x width clip, in its pixels."""
+    boxes = []
+    for box in media.detect_faces(frame):
+        with contextlib.suppress(UserError):  # it lies in what is cut off
+            boxes.append(fit_box(box, frame.shape[0], frame.shape[1], height, width))
+    return boxes
 
 
 def _around(boxes: Sequence[Box]) -> Box:

@@ -122,7 +122,7 @@ def test_two_processes_make_what_one_makes(source, no_models, tmp_path, whole, t
 def test_processes_without_a_shard_say_so(source, no_models, tmp_path):
     lines = []
     assert build(source(), no_models, tmp_path, shards=1, process=2, processes=4, lines=lines) is None
-    assert lines[0] == "nothing to make here: 1 shards for 4 processes (--shards)"
+    assert lines[0] == "nothing to make here: there are 4 processes and no more shards than 1 (--shards)"
     assert build(source(), no_models, tmp_path, shards=1, process=0, processes=4) is not None
 
 
@@ -172,7 +172,7 @@ def test_nothing_kept_leaves_nothing(source, no_models, tmp_path, dropped):
     with pytest.raises(UserError, match="no clip was kept"):
         build(source(inputs), no_models, tmp_path, lines=lines)
     assert lines[-1] == "dropped 5 (10.0 s): no face: 0.mp4, 3.mp4, 1.mp4, ..."
-    assert names(tmp_path) == []
+    assert not tmp_path.exists()
 
 
 def test_shards_without_clips_are_no_part_of_the_dataset(source, no_models, tmp_path, tiny, dropped, clip):

@@ -266,7 +266,7 @@ def boxes(*found):
 
 
 def test_clips_without_one_face_are_dropped(tmp_path, film, tiny, monkeypatch):
-    path = film(tmp_path / "a.mp4", frames=9)
+    path = film(tmp_path / "a.mp4", frames=9, height=32, width=32)
     for choice, found, why in (
         ("one", (1, 0, 1), "no face"), ("largest", (0,), "no face"), ("one", (1, 2, 1), "several faces"),
     ):  # fmt: skip
@@ -280,6 +280,22 @@ def test_clips_without_one_face_are_dropped(tmp_path, film, tiny, monkeypatch):
     assert clip.face == (4.0, 24.0, 6.0, 23.0)  # holds the faces of all the frames that were looked at
     rows, columns = np.nonzero(clip.mouth)
     assert (rows.min(), rows.max(), columns.min(), columns.max()) == (14, 25, 6, 22)
+
+
+def test_faces_are_found_in_the_films_own_size(tmp_path, film, tiny, monkeypatch):
+    """Small clips show them too small; what is cut off does not count."""
+    sizes = []
+
+    def detect(image):
+        sizes.append(image.shape)
+        return [(20.0, 60.0, 100.0, 140.0), (20.0, 60.0, 0.0, 40.0)] if image.any() else []
+
+    video = np.full((9, 100, 256, 3), 200, np.uint8)
+    path = film(tmp_path / "a.mp4", video=video)
+    monkeypatch.setattr(media, "detect_faces", detect)
+    (clip,), _ = cut(of(path), tiny, face="one", subtitle_band=0.2)
+    assert sizes[1:] == [(80, 256, 3)] * 3
+    np.testing.assert_allclose(clip.face, (8.0, 24.0, 4.8, 20.8))  # 80 pixels become 32, 88 on either side are cut
 
 
 def test_a_missing_detector_is_an_error_and_no_reason_to_drop_all(tmp_path, film, tiny, monkeypatch):
