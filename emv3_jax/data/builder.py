@@ -13,6 +13,7 @@ step of the end may be done twice, or by two processes at once: they write the s
 import collections
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import tempfile
@@ -23,6 +24,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from emv3_jax.config import FPS
 from emv3_jax.data import examples, extra
 from emv3_jax.data.extract import Extractor, RawClip
 from emv3_jax.errors import UserError
@@ -165,27 +167,39 @@ def _write_shard(
     source: Source, extractor: Extractor, schema: Any, folder: Path, shard: int, inputs: Sequence[int]
 ) -> dict[str, Any]:
     report: dict[str, Any] = {"clips": [], "dropped": []}
-    with atomic_path(_part(folder, shard)) as temporary:
-        module = extra.load("array_record.python.array_record_module")
-        writer = module.ArrayRecordWriter(str(temporary), "group_size:1")
-        try:
-            for number in inputs:
-                for clip in source.clips(number):
-                    if isinstance(clip, Dropped):
-                        report["dropped"].append(dataclasses.asdict(clip))
-                        continue
-                    example = extractor.example(clip)
-                    if bad := not_finite(example):
-                        why = f"not finite: {', '.join(bad)}"
-                        report["dropped"].append(dataclasses.asdict(Dropped(clip.id, why, len(clip.video) / 25)))
-                        continue
-                    writer.write(schema.serialize_example(example))
-                    report["clips"].append([clip.id, *clip.video.shape[:3]])
-        finally:
-            writer.close()
+    with atomic_path(_part(folder, shard)) as temporary, _records(temporary) as write:
+        for number in inputs:
+            for clip in source.clips(number):
+                if isinstance(clip, Dropped):
+                    report["dropped"].append(dataclasses.asdict(clip))
+                    continue
+                example = extractor.example(clip)
+                if bad := not_finite(example):
+                    why = f"not finite: {', '.join(bad)}"
+                    report["dropped"].append(dataclasses.asdict(Dropped(clip.id, why, len(clip.video) / FPS)))
+                    continue
+                write(schema.serialize_example(example))
+                report["clips"].append([clip.id, *clip.video.shape[:3]])
     with atomic_path(_part(folder, shard).with_suffix(".json")) as temporary:
         temporary.write_text(json.dumps(report))
     return report
+
+
+@contextlib.contextmanager
+def _records(path: Path) -> Iterator[Callable[[bytes], None]]:
+    """A function that writes records into a file. Raises OSError where they cannot be (array_record: RuntimeError)."""
+    writer = extra.load("array_record.python.array_record_module").ArrayRecordWriter(str(path), "group_size:1")
+
+    def checked(call: Callable[..., None], *args: bytes) -> None:
+        try:
+            call(*args)
+        except RuntimeError as error:
+            raise OSError(str(error)) from error
+
+    try:
+        yield functools.partial(checked, writer.write)
+    finally:
+        checked(writer.close)
 
 
 def not_finite(example: dict[str, Any]) -> list[str]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -207,6 +208,19 @@ def test_a_damaged_record_is_told(source, no_models, tmp_path):
         (tmp_path / "dataset.json").write_text(text)
         with pytest.raises(UserError, match="is damaged"):
             build(source(), no_models, tmp_path)
+
+
+def test_a_full_disk_is_one_error_and_leaves_no_half_shard(source, no_models, tmp_path, whole, tiny):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(UserError, match="shard-00000.array_record could not be written: .*file too large"):
+            build(source(), no_models, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert names(tmp_path / "out") == ["plan.json"]
+    build(source(), no_models, tmp_path / "out")
+    assert same(contents(tmp_path / "out", tiny), whole)
 
 
 def test_out_must_be_a_folder_that_can_be_written(source, no_models, tmp_path):
