@@ -1,4 +1,4 @@
-"""The puppets' sync model: no offset for true clips, the right one for shifted sound, no confidence for another voice."""
+"""The puppets' sync model: no offset for true clips, the right one for moved sound, no confidence for another voice."""
 
 import numpy as np
 import pytest
