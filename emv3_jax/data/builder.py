@@ -3,15 +3,20 @@
 A folder holds
     shard-00003.array_record, shard-00003.json    a finished shard: its examples, and what they are and what was dropped
     plan.json                                     what the folder is being made of; another plan is refused
-and, when all shards are there, they become
+and, when all shards are there, their examples become
     talking-train.array_record-00003-of-00016, features.json, dataset_info.json     a TFDS dataset
     dataset.json                                  sizes and identifiers of all clips, and what was dropped and why
-A shard appears when it is complete, so a run that was interrupted goes on with the shards that are not there yet.
+A shard appears when it is complete, so a run that was interrupted goes on with the shards that are not there yet. Every
+step of the end may be done twice, or by two processes at once: they write the same.
 """
 
 import collections
+import contextlib
 import dataclasses
+import functools
+import itertools
 import json
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,7 +24,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from emv3_jax.data import examples
+from emv3_jax.config import FPS
+from emv3_jax.data import examples, extra
 from emv3_jax.data.extract import Extractor, RawClip
 from emv3_jax.errors import UserError
 from emv3_jax.files import atomic_path, reason
@@ -81,7 +87,9 @@ def build(
     _check_plan(folder, plan)
     if (folder / RECORD).is_file():
         say(f"{folder} is complete already")
-        return json.loads((folder / RECORD).read_text())
+        return read_record(folder)
+    if process >= shards:
+        say(f"nothing to make here: there are {processes} processes and no more shards than {shards} (--shards)")
     mine = [k for k in range(process, shards, processes) if not _part(folder, k).with_suffix(".json").exists()]
     schema, started, made = examples.features(extractor.preset), time.monotonic(), 0
     for done, k in enumerate(mine):
@@ -94,10 +102,29 @@ def build(
             f" {len(report['dropped'])} dropped; {rate:.2f} clips/s, {left / 60:.0f} min left"
         )
     missing = [k for k in range(shards) if not _part(folder, k).with_suffix(".json").exists()]
-    if missing and not (folder / RECORD).is_file():
-        say(f"{len(missing)} shards are still being made, or to be made, by other processes")
+    if missing:
+        say(f"{len(missing)} of {shards} shards are still being made, or to be made, by other processes")
         return None
     return _finish(folder, schema, plan, say)
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """What `build` returned when it had finished the dataset of a folder.
+
+    Raises:
+      UserError: it is not finished, not there, or damaged.
+    """
+    path = folder / RECORD
+    try:
+        record = json.loads(path.read_text())
+        if record["format"] == FORMAT and record["preset"] and record["clips"]:
+            return record
+        raise ValueError(f"{RECORD} is of another format")
+    except FileNotFoundError:
+        state = "is not finished" if (folder / PLAN).exists() else "is not there"
+        raise UserError(f"the dataset {folder} {state}") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"the dataset {folder} is damaged ({RECORD}: {error}): delete it") from error
 
 
 def _part(folder: Path, shard: int) -> Path:
@@ -119,8 +146,16 @@ def _check_plan(folder: Path, plan: dict[str, Any]) -> None:
     here = json.loads(json.dumps(plan))
     different = [key for key in {**there, **here} if there.get(key) != here.get(key)]
     if different:
-        what = "; ".join(f"{key} {_short(there.get(key))} there and {_short(here.get(key))} now" for key in different)
+        pairs = {key: _first_difference(there.get(key), here.get(key)) for key in different}
+        what = "; ".join(f"{key} {_short(old)} there and {_short(new)} now" for key, (old, new) in pairs.items())
         raise UserError(f"{folder} is being made of something else ({what}): give another --out, or delete it")
+
+
+def _first_difference(there: Any, here: Any) -> tuple[Any, Any]:
+    """Of two lists the first rows that differ; of anything else itself."""
+    if isinstance(there, list) and isinstance(here, list):
+        return next((pair for pair in itertools.zip_longest(there, here) if pair[0] != pair[1]), (there, here))
+    return there, here
 
 
 def _short(value: Any) -> str:
@@ -131,29 +166,40 @@ def _short(value: Any) -> str:
 def _write_shard(
     source: Source, extractor: Extractor, schema: Any, folder: Path, shard: int, inputs: Sequence[int]
 ) -> dict[str, Any]:
-    from array_record.python.array_record_module import ArrayRecordWriter
-
     report: dict[str, Any] = {"clips": [], "dropped": []}
-    with atomic_path(_part(folder, shard)) as temporary:
-        writer = ArrayRecordWriter(str(temporary), "group_size:1")
-        try:
-            for number in inputs:
-                for clip in source.clips(number):
-                    if isinstance(clip, Dropped):
-                        report["dropped"].append(dataclasses.asdict(clip))
-                        continue
-                    example = extractor.example(clip)
-                    if bad := not_finite(example):
-                        why = f"not finite: {', '.join(bad)}"
-                        report["dropped"].append(dataclasses.asdict(Dropped(clip.id, why, len(clip.video) / 25)))
-                        continue
-                    writer.write(schema.serialize_example(example))
-                    report["clips"].append([clip.id, *clip.video.shape[:3]])
-        finally:
-            writer.close()
+    with atomic_path(_part(folder, shard)) as temporary, _records(temporary) as write:
+        for number in inputs:
+            for clip in source.clips(number):
+                if isinstance(clip, Dropped):
+                    report["dropped"].append(dataclasses.asdict(clip))
+                    continue
+                example = extractor.example(clip)
+                if bad := not_finite(example):
+                    why = f"not finite: {', '.join(bad)}"
+                    report["dropped"].append(dataclasses.asdict(Dropped(clip.id, why, len(clip.video) / FPS)))
+                    continue
+                write(schema.serialize_example(example))
+                report["clips"].append([clip.id, *clip.video.shape[:3]])
     with atomic_path(_part(folder, shard).with_suffix(".json")) as temporary:
         temporary.write_text(json.dumps(report))
     return report
+
+
+@contextlib.contextmanager
+def _records(path: Path) -> Iterator[Callable[[bytes], None]]:
+    """A function that writes records into a file. Raises OSError where they cannot be (array_record: RuntimeError)."""
+    writer = extra.load("array_record.python.array_record_module").ArrayRecordWriter(str(path), "group_size:1")
+
+    def checked(call: Callable[..., None], *args: bytes) -> None:
+        try:
+            call(*args)
+        except RuntimeError as error:
+            raise OSError(str(error)) from error
+
+    try:
+        yield functools.partial(checked, writer.write)
+    finally:
+        checked(writer.close)
 
 
 def not_finite(example: dict[str, Any]) -> list[str]:
@@ -163,38 +209,59 @@ def not_finite(example: dict[str, Any]) -> list[str]:
 
 
 def _finish(folder: Path, schema: Any, plan: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
-    """Shards become a TFDS dataset; whatever was done of it before an interruption is done no more."""
-    import tensorflow_datasets as tfds
-
+    """Shards become a TFDS dataset. They have other names then, so this goes on where it was interrupted."""
+    tfds = extra.load("tensorflow_datasets")
     reports = [json.loads(_part(folder, k).with_suffix(".json").read_text()) for k in range(plan["shards"])]
     full = [k for k, report in enumerate(reports) if report["clips"]]
     dropped = [row for report in reports for row in report["dropped"]]
     for line in summary(dropped):
         say(line)
     if not full:
-        raise UserError(f"no clip was kept, so {folder} holds no dataset: see why above")
+        _remove_shards(folder, plan["shards"], reports=True)
+        (folder / PLAN).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # other things are in it
+            folder.rmdir()
+        raise UserError(f"no clip was kept, so there is no dataset in {folder}: see why above")
     template = tfds.core.ShardedFileTemplate(
         data_dir=folder, dataset_name=examples.DATASET, split="train", filetype_suffix="array_record"
     )
     for rank, k in enumerate(full):
-        if _part(folder, k).exists():
-            _part(folder, k).rename(folder / template.relative_filepath(shard_index=rank, num_shards=len(full)))
+        path = folder / template.relative_filepath(shard_index=rank, num_shards=len(full))
+        try:
+            _part(folder, k).replace(path)
+        except FileNotFoundError:  # done before, or by another process
+            if not path.exists():
+                _part(folder, k).with_suffix(".json").unlink(missing_ok=True)
+                raise UserError(f"{_part(folder, k)} is gone: give the command again to make it anew") from None
     split = tfds.core.SplitInfo(
         name="train",
         shard_lengths=[len(reports[k]["clips"]) for k in full],
         num_bytes=sum(path.stat().st_size for path in folder.glob("*.array_record-*")),
         filename_template=template,
     )
-    tfds.folder_dataset.write_metadata(
-        data_dir=folder, features=schema, split_infos=[split], filename_template=template, check_data=False
-    )
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".metadata-") as metadata:
+        (Path(metadata) / path.name).touch()  # TFDS looks for data there
+        tfds.folder_dataset.write_metadata(
+            data_dir=metadata, features=schema, split_infos=[split], filename_template=template, check_data=False
+        )
+        for path in Path(metadata).glob("*.json"):
+            path.replace(folder / path.name)
     record = {**plan, "clips": [clip for k in full for clip in reports[k]["clips"]], "dropped": dropped}
     with atomic_path(folder / RECORD) as temporary:
         temporary.write_text(json.dumps(record) + "\n")
-    for k in range(plan["shards"]):
-        _part(folder, k).unlink(missing_ok=True)  # of shards without clips
-        _part(folder, k).with_suffix(".json").unlink(missing_ok=True)
+    _remove_shards(folder, plan["shards"], reports=False)
     return record
+
+
+def _remove_shards(folder: Path, shards: int, reports: bool) -> None:
+    """Shards without clips, and what a killed run has left of others. Reports stay with a dataset: another process may
+    be about to ask them what there is to make."""
+    for k in range(shards):
+        _part(folder, k).unlink(missing_ok=True)
+        if reports:
+            _part(folder, k).with_suffix(".json").unlink(missing_ok=True)
+    for left in folder.glob(".shard-*"):  # atomic_path's
+        left.unlink(missing_ok=True)
 
 
 def summary(dropped: Sequence[dict[str, Any]]) -> list[str]:

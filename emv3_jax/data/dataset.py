@@ -1,7 +1,6 @@
 """Reading a dataset that `python -m emv3_jax.data.prepare` made: random access, and batches by step."""
 
 import collections
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from emv3_jax.config import Preset
-from emv3_jax.data import builder
+from emv3_jax.data import builder, extra
 from emv3_jax.data.examples import Example
 from emv3_jax.errors import UserError
 from emv3_jax.files import PathLike
@@ -35,21 +34,23 @@ class Dataset:
     """
 
     def __init__(self, folder: PathLike, preset: Preset):
-        import tensorflow_datasets as tfds
-
         self.folder = Path(folder)
         again = f"make it with python -m emv3_jax.data.prepare --preset {preset.name} --out {folder}"
         try:
-            self.record = json.loads((self.folder / builder.RECORD).read_text())
-            self._source = tfds.builder_from_directory(self.folder).as_data_source("train")
-        except FileNotFoundError as error:
-            half = (self.folder / builder.PLAN).exists()
-            state = "is not finished" if half else "is not there"
-            raise UserError(f"the dataset {folder} {state}: {again}") from error
-        except (ValueError, OSError, KeyError) as error:
-            raise UserError(f"the dataset {folder} is damaged ({error}): {again}") from error
+            self.record = builder.read_record(self.folder)
+        except UserError as error:
+            raise UserError(f"{error}; {again}") from error
         if self.record["preset"] != preset.name:
             raise UserError(f"the dataset {folder} is of the preset {self.record['preset']}, not of {preset.name}")
+        tfds = extra.load("tensorflow_datasets")
+        try:
+            made = tfds.builder_from_directory(self.folder)
+            self._source = made.as_data_source("train")
+            split = made.info.splits["train"]
+            if sum(Path(path).stat().st_size for path in split.filepaths) != split.num_bytes:
+                raise UserError("shards are cut off")
+        except Exception as error:  # TFDS passes on whatever its readers raise
+            raise UserError(f"the dataset {folder} is damaged ({error}): {again}") from error
         if len(self._source) != len(self.record["clips"]):
             raise UserError(f"the dataset {folder} is damaged (clips are missing): {again}")
         sizes = collections.defaultdict(list)
@@ -65,8 +66,15 @@ class Dataset:
         return self.record["clips"][number][0]
 
     def examples(self, numbers: Sequence[int]) -> list[Example]:
-        """Clips by number."""
-        return self._source.__getitems__([int(number) for number in numbers])
+        """Clips by number.
+
+        Raises:
+          UserError: a file is damaged or gone.
+        """
+        try:
+            return self._source.__getitems__([int(number) for number in numbers])
+        except Exception as error:  # TFDS passes on whatever its readers raise
+            raise UserError(f"the dataset {self.folder} is damaged ({error}): make it anew") from error
 
 
 class Plan:

@@ -15,6 +15,7 @@ import numpy as np
 
 from emv3_jax import conditioning, tasks
 from emv3_jax.config import Preset
+from emv3_jax.data import extra
 from emv3_jax.models.audio_tokens import audio_encoder
 
 Example = Mapping[str, Any]
@@ -30,8 +31,12 @@ def encoders_trained(preset: Preset) -> bool:
 
 
 def features(preset: Preset) -> Any:
-    """The TFDS features of a preset's examples; floats are float16 but the states of text and image."""
-    import tensorflow_datasets as tfds
+    """The TFDS features of a preset's examples; floats are float16 but the states of text and image.
+
+    Raises:
+      UserError: TFDS is not installed.
+    """
+    tfds = extra.load("tensorflow_datasets")
 
     def tensor(*shape: int | None, dtype: Any = np.float16) -> Any:
         return tfds.features.Tensor(shape=shape, dtype=dtype, encoding="bytes")  # the default encoding is slow

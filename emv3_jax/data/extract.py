@@ -1,6 +1,7 @@
 """Clips as the frozen models see them: pixels, sound and words in, training examples out."""
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from emv3_jax import conditioning, tasks
-from emv3_jax.config import RATE, Preset
+from emv3_jax.config import RATE, Preset, VAEConfig
 from emv3_jax.data.examples import GIVEN_TASKS, encoders_trained
 from emv3_jax.models import umt5
 from emv3_jax.models import vae as vae_model
@@ -42,27 +43,16 @@ class Extractor:
     def __init__(self, preset: Preset, params: Mapping[str, Any], words: Any = None):
         self.preset, self.params = preset, params
         self.words = words or conditioning.tokenizer(preset)
-        vae = vae_model.WanVAE(preset.vae)
-
-        @jax.jit
-        def encode(vae_params: Any, video: jax.Array, masks: jax.Array) -> tuple[jax.Array, jax.Array]:
-            """video [F, H, W, 3], masks [M, F, H, W, 1] -> latents of the video and of what each mask leaves."""
-            video = video.astype(jnp.float32) / 127.5 - 1.0
-            seen = jnp.concatenate([video[None], tasks.masked_video(video[None], masks)])
-            latents = vae_model.encode_chunked(vae, vae_params, seen)[0]
-            return latents[0], latents[1:]
-
-        self._encode = encode
-        self._mask_channels = jax.jit(tasks.mask_channels)
 
     def example(self, clip: RawClip) -> dict[str, Any]:
         """What `examples.features` names of a clip."""
         frames, height, width, _ = clip.video.shape
         masks = np.stack([tasks.pixel_mask(task, frames, height, width, clip.mouth) for task in GIVEN_TASKS])
-        latents, masked = self._encode(self.params["vae"], clip.video, masks)
+        latents, masked = _encode(self.preset.vae, self.params["vae"], clip.video, masks)
         half = lambda x: np.asarray(x, np.float16)  # noqa: E731
-        mouth = self._mask_channels(masks[GIVEN_TASKS.index("lipsync")][None])[0]
-        tokens = conditioning.face_tokens(clip.face, height, width, self.preset.face_floored)
+        mouth = _mask_channels(masks[GIVEN_TASKS.index("lipsync")][None])[0]
+        face = clip.face if self.preset.dit.audio_windows is None else None  # flash takes none (conditioning.prepare)
+        tokens = conditioning.face_tokens(face, height, width, self.preset.face_floored)
         example = {
             "id": clip.id,
             "caption": clip.caption,
@@ -78,7 +68,7 @@ class Extractor:
         if not encoders_trained(self.preset):
             example["text"] = self.text(clip.caption)
             pixels = clip.video[:1].astype(np.float32) / 127.5 - 1.0
-            example["image_states"] = np.asarray(self._image_states(pixels))[0]
+            example["image_states"] = np.asarray(_image_states(self.preset, self.params["image"], pixels))[0]
         return example
 
     def text(self, caption: str) -> np.ndarray:
@@ -87,8 +77,23 @@ class Extractor:
         states = umt5.encode_by_layer(self.preset.text, self.params["text"], ids, mask)
         return np.asarray(states[0, : int(mask.sum())], np.float32)
 
-    def _image_states(self, pixels: np.ndarray) -> jax.Array:
-        return conditioning.encode_image({"image": self.params["image"]}, self.preset, pixels, np.ones(1, np.float32))
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encode(cfg: VAEConfig, params: Any, video: jax.Array, masks: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """video [F, H, W, 3] uint8, masks [M, F, H, W, 1] -> latents of the video and of what each mask leaves."""
+    video = video.astype(jnp.float32) / 127.5 - 1.0
+    seen = jnp.concatenate([video[None], tasks.masked_video(video[None], masks)])
+    latents = vae_model.encode_chunked(vae_model.WanVAE(cfg), params, seen)[0]
+    return latents[0], latents[1:]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _image_states(preset: Preset, params: Any, pixels: jax.Array) -> jax.Array:
+    """pixels [1, H, W, 3] -> [1, image_tokens, image_width]."""
+    return conditioning.encode_image({"image": params}, preset, pixels, jnp.ones(1))
+
+
+_mask_channels = jax.jit(tasks.mask_channels)
 
 
 def encoder_hash(vae_params: Any) -> str:

@@ -18,8 +18,7 @@ import numpy as np
 
 from emv3_jax import command_line
 from emv3_jax.config import PRESETS, Preset
-from emv3_jax.data import builder
-from emv3_jax.data.examples import NULL_TEXT, encoders_trained
+from emv3_jax.data import builder, examples
 from emv3_jax.data.extract import Extractor, encoder_hash
 from emv3_jax.data.puppets import Puppets
 from emv3_jax.data.videos import Films, Rules, find_films
@@ -34,7 +33,7 @@ def make_parser() -> command_line.Parser:
         prog="emv3_jax.data.prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--videos", metavar="DIR|FILE", help="a folder of films, or a manifest (.jsonl or .csv)")
+    what.add_argument("--videos", metavar="DIR|FILE", help="a folder of films, a film, or a manifest (.jsonl or .csv)")
     what.add_argument("--puppets", choices=SPLITS, help="the small world instead of films")
     parser.add_argument("--out", required=True, metavar="DIR", type=pathlib.Path, help="the dataset")
     parser.add_argument("--preset", choices=sorted(PRESETS), default="preview", help="(default: preview)")
@@ -65,9 +64,13 @@ def main(arguments: list[str]) -> int:
     frames = tuple(options.frames or (preset.max_frames,))
     if options.clips < 1 or (options.shards is not None and options.shards < 1):
         raise UserError("--clips and --shards must be 1 or more")
+    if options.out.exists() and not options.out.is_dir():
+        raise UserError(f"--out {options.out} is a file: name a folder")
     rules = Rules(
         frames, options.face, options.subtitle_band, options.sync_model, options.max_offset, options.min_confidence
     )
+
+    examples.features(preset)  # says if TFDS is missing
 
     from emv3_jax import pipeline  # the models: not before the options are known to be good
 
@@ -78,6 +81,8 @@ def main(arguments: list[str]) -> int:
             raise UserError(f"--puppets needs a preset with their words, such as demo, not {preset.name}")
         if len(frames) > 1:
             raise UserError("--puppets makes clips of one length: give one number with --frames")
+        if frames[0] > preset.max_frames:
+            raise UserError(f"--frames must be at most {preset.max_frames} for the preset {preset.name}")
         source = Puppets(options.puppets, options.clips, frames[0], preset.height)
     else:
         source = Films(find_films(options.videos, options.caption), rules, preset, words)
@@ -86,8 +91,8 @@ def main(arguments: list[str]) -> int:
     shards = options.shards or -(-len(source) // (64 if options.puppets else 16))
     identity = {"preset": preset.name, "vae": encoder_hash(extractor.params["vae"])}
     record = builder.build(source, extractor, options.out, shards, identity, process, processes, say=_say)
-    if record and not encoders_trained(preset):
-        with atomic_path(options.out / NULL_TEXT) as path, open(path, "wb") as file:
+    if record and not examples.encoders_trained(preset):
+        with atomic_path(options.out / examples.NULL_TEXT) as path, open(path, "wb") as file:
             np.save(file, extractor.text(""))
     if record:
         _say(f"{options.out}: {len(record['clips'])} clips")
@@ -109,7 +114,7 @@ def _frozen(preset: Preset, weights: str | None) -> dict:
     """The frozen models of a preset that training examples are seen by."""
     from emv3_jax import pipeline
 
-    roles = ["vae", *(["speech"] if preset.speech else []), *([] if encoders_trained(preset) else ["text", "image"])]
+    roles = ["vae"] + ["speech"] * bool(preset.speech) + ["text", "image"] * (not examples.encoders_trained(preset))
     return dict(pipeline.load_models(preset, weights, roles))
 
 

@@ -1,11 +1,14 @@
 """Talking films as a source of clips: 25 frames a second, cut into pieces, fitted to a preset, and looked through.
 
-A file is read a frame at a time; no more than one clip's frames are in memory.
+A file is read a frame at a time; no more than two clips' frames are in memory, and a film's sound.
 """
 
+import collections
+import contextlib
 import dataclasses
 import importlib
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,9 +20,9 @@ from emv3_jax.config import FPS, RATE, Preset
 from emv3_jax.data.builder import Dropped
 from emv3_jax.data.extract import RawClip
 from emv3_jax.errors import UserError
-from emv3_jax.files import PathLike
+from emv3_jax.files import PathLike, reason
 from emv3_jax.media.face_box import Box
-from emv3_jax.request import fitted_size
+from emv3_jax.request import fit_box, fitted_size
 
 SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".flv", ".wmv")
 QUIET = 1e-3  # of full scale: a clip without a louder sample says nothing
@@ -61,11 +64,15 @@ class Rules:
             raise UserError(f"--frames must be 4k + 1 and at least 5, got {', '.join(map(str, wrong)) or 'none'}")
         if not 0 <= self.subtitle_band < 0.5:
             raise UserError(f"--subtitle-band must be from 0 to below 0.5, got {self.subtitle_band}")
+        if not self.max_offset >= 0:
+            raise UserError(f"--max-offset must be 0 or more, got {self.max_offset}")
+        if math.isnan(self.min_confidence):
+            raise UserError("--min-confidence must be a number")
 
 
 def find_films(path: PathLike, caption: str | None) -> list[Film]:
-    """The films of a folder (with NAME.txt beside NAME.mp4 as its caption) or of a manifest (.jsonl or .csv with the
-    columns video, caption, and perhaps start and end in seconds; paths are relative to the manifest).
+    """One film, or those of a folder (with NAME.txt beside NAME.mp4 as its caption) or of a manifest (.jsonl or .csv
+    with the columns video, caption, and perhaps start and end in seconds; paths are relative to the manifest).
 
     Args:
       caption: of films that have none.
@@ -77,34 +84,49 @@ def find_films(path: PathLike, caption: str | None) -> list[Film]:
         files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
         if not files:
             raise UserError(f"--videos {path} holds no videos ({', '.join(SUFFIXES)})")
-        return [Film(str(p), _sidecar(p) or caption or "", str(p.relative_to(path))) for p in files]
+        return [Film(str(p), _sidecar(p) or caption or "", printable(str(p.relative_to(path)))) for p in files]
     if not path.exists():
-        raise UserError(f"--videos {path} does not exist: give a folder of videos, or a manifest (.jsonl or .csv)")
+        raise UserError(
+            f"--videos {path} does not exist: give a folder of videos, one video, or a manifest (.jsonl or .csv)"
+        )
+    if path.suffix.lower() in SUFFIXES:
+        return [Film(str(path), _sidecar(path) or caption or "", printable(path.name))]
     films = []
     for number, row in enumerate(manifest.read(path), 1):
+        place = f"manifest {path}, row {number}"
         unknown = sorted(set(row) - {"video", "caption", "start", "end"})
-        if "video" not in row or unknown:
+        if row.get("video") in (None, "") or unknown:
             what = f"has unknown {unknown[0]!r}" if unknown else "names no video"
-            raise UserError(f"manifest {path}, row {number} {what}: columns are video, caption, start, end")
-        start, end = (_seconds(row.get(key), f"manifest {path}, row {number}: {key}") for key in ("start", "end"))
-        part = "" if start is None and end is None else f"@{start or 0:g}-{'' if end is None else format(end, 'g')}"
-        file = path.parent / str(row["video"])
-        films.append(Film(str(file), str(row.get("caption") or caption or ""), f"{row['video']}{part}", start, end))
-    names = [film.name for film in films]
-    if doubled := sorted({name for name in names if names.count(name) > 1}):
+            raise UserError(f"{place} {what}: columns are video, caption, start, end")
+        start, end = (_seconds(row.get(key), f"{place}: {key}") for key in ("start", "end"))
+        if end is not None and end <= (start or 0.0):
+            raise UserError(f"{place}: end must be after start, got {start or 0:g} and {end:g}")
+        part = "" if start is None and end is None else f"@{start or 0:.10g}-{'' if end is None else f'{end:.10g}'}"
+        file, name = path.parent / str(row["video"]), printable(f"{row['video']}{part}")
+        films.append(Film(str(file), str(row.get("caption") or caption or ""), name, start, end))
+    counts = collections.Counter(film.name for film in films)
+    if doubled := [name for name, count in counts.items() if count > 1]:
         raise UserError(f"manifest {path} names {doubled[0]} twice")
     return films
 
 
+def printable(name: str) -> str:
+    """A file's name as text that can be written: bytes that are not UTF-8, and line ends, become question marks."""
+    return "".join(c if c.isprintable() else "?" for c in name)
+
+
 def _sidecar(path: Path) -> str:
     text = path.with_suffix(".txt")
-    return " ".join(text.read_text(encoding="utf-8", errors="replace").split()) if text.is_file() else ""
+    try:
+        return " ".join(text.read_text(encoding="utf-8-sig", errors="replace").split()) if text.is_file() else ""
+    except OSError as error:
+        raise UserError(f"caption {text} cannot be read: {reason(error)}") from error
 
 
 def _seconds(value: Any, what: str) -> float | None:
     if value is None:
         return None
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or value < 0:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < math.inf:
         raise UserError(f"{what} must be seconds, got {value!r}")
     return float(value)
 
@@ -119,9 +141,12 @@ def load_sync_model(name: str) -> SyncModel | None:
         return None
     module, _, function = name.partition(":")
     try:
-        return getattr(importlib.import_module(module), function)
+        found = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"--sync-model {name!r} is not MODULE:FUNCTION that can be imported ({error})") from error
+    if not callable(found):
+        raise UserError(f"--sync-model {name!r} is not a function")
+    return found
 
 
 class Films:
@@ -133,6 +158,13 @@ class Films:
         longest = max(rules.frames)
         if longest > preset.max_frames:
             raise UserError(f"--frames must be at most {preset.max_frames} for the preset {preset.name}, got {longest}")
+        if rules.face != "none":
+            try:  # now, and not as the reason why every film is dropped
+                media.detect_faces(np.zeros((64, 64, 3), np.uint8))
+            except UserError as error:
+                raise UserError(
+                    f"--face {rules.face} needs the extra face: pip install -e '.[face]', or give --face none"
+                ) from error
 
     def __len__(self) -> int:
         return len(self.films)
@@ -149,14 +181,20 @@ class Films:
             return
         try:
             self.words.encode([film.caption])
+        except UserError:
+            yield Dropped(film.name, f"a caption of more than {self.preset.dit.text_len - 1} words or pieces of words")
+            return
+        try:
             yield from self._cut(film)
         except UserError as error:
-            yield Dropped(film.name, str(error).replace(film.path, film.name))
+            yield Dropped(
+                film.name, str(error).replace(f"video {film.path}", "the film")
+            )  # the same for all such files
 
     def _cut(self, film: Film) -> Iterator[RawClip | Dropped]:
         source = media.VideoSource(film.path)
         first = round((film.start or 0.0) * FPS)
-        last = round(min(source.seconds, film.end if film.end is not None else np.inf) * FPS)
+        last = _length(source) if film.end is None else min(round(film.end * FPS), _length(source))
         shortest = min(self.rules.frames)
         if last - first < shortest:
             why = f"shorter than {shortest} frames at {FPS} a second"
@@ -173,28 +211,30 @@ class Films:
         at, left = first, last - first
         while fitting := [n for n in self.rules.frames if n <= left]:
             count = max(fitting)
-            video = np.stack(
-                [media.fit_image(frame[:height], *size)[0] for frame in itertools.islice(frames, count)]
-                or [np.zeros(0)]
-            )
-            if len(video) < count:
-                break  # a file whose frames end before its length says so
+            video, whole = np.empty((count, *size, 3), np.uint8), []
+            for k, frame in enumerate(itertools.islice(frames, count)):
+                video[k] = media.fit_image(frame[:height], *size)[0]
+                if k in (0, count // 2, count - 1):
+                    whole.append(frame[:height])
             sound = wave[round(at / FPS * RATE) : round((at + count) / FPS * RATE)]
-            yield self._looked_through(film, f"{film.name}/{at / FPS:.2f}", video, sound)
+            yield self._looked_through(film, f"{film.name}/{at / FPS:.2f}", video, sound, whole)
             at, left = at + count, left - count
         if left:
             yield Dropped(f"{film.name}/{at / FPS:.2f}", "the rest of a film, shorter than a clip", left / FPS)
 
-    def _looked_through(self, film: Film, name: str, video: np.ndarray, wave: np.ndarray) -> RawClip | Dropped:
-        """The clip, or why it is dropped."""
+    def _looked_through(
+        self, film: Film, name: str, video: np.ndarray, wave: np.ndarray, whole: Sequence[np.ndarray]
+    ) -> RawClip | Dropped:
+        """The clip, or why it is dropped. whole: some of its frames in the film's own size, to find faces in."""
         seconds = len(video) / FPS
         if len(wave) < len(video) / FPS * RATE * 0.98:
             return Dropped(name, "the sound ends before the picture", seconds)
         if np.abs(wave).max() < QUIET:
             return Dropped(name, "silence", seconds)
+        wave = np.pad(wave, (0, max(0, round(seconds * RATE) - len(wave))))
         face = None
         if self.rules.face != "none":
-            boxes = [media.detect_faces(video[at]) for at in (0, len(video) // 2, len(video) - 1)]
+            boxes = [_faces(frame, *video.shape[1:3]) for frame in whole]
             if not all(boxes):
                 return Dropped(name, "no face", seconds)
             if self.rules.face == "one" and max(map(len, boxes)) > 1:
@@ -202,11 +242,26 @@ class Films:
             face = _around([media.choose_face(some, "largest") for some in boxes])
         if self.sync:
             offset, confidence = self.sync(video, wave, face)
-            if confidence < self.rules.min_confidence:
+            if not confidence >= self.rules.min_confidence:
                 return Dropped(name, "the sync model is not confident", seconds)
-            if abs(offset) > self.rules.max_offset:
+            if not abs(offset) <= self.rules.max_offset:
                 return Dropped(name, "sound and picture are apart", seconds)
         return RawClip(name, film.caption, video, wave, face, mouth_of(face, *video.shape[1:3]))
+
+
+def _length(source: media.VideoSource) -> int:
+    """How many pictures `source.frames_at(FPS)` gives."""
+    first = int((source.count - 1) * FPS / source.fps)
+    return next(k for k in itertools.count(first) if round(k * source.fps / FPS) >= source.count)
+
+
+def _faces(frame: np.ndarray, height: int, width: int) -> list[Box]:
+    """The faces of a film's frame that are seen in a height x width clip, in its pixels."""
+    boxes = []
+    for box in media.detect_faces(frame):
+        with contextlib.suppress(UserError):  # it lies in what is cut off
+            boxes.append(fit_box(box, frame.shape[0], frame.shape[1], height, width))
+    return boxes
 
 
 def _around(boxes: Sequence[Box]) -> Box:
