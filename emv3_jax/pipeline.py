@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import json
 import pathlib
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -24,6 +25,7 @@ from emv3_jax.diffusion import guidance, negatives
 from emv3_jax.diffusion import sampler as sampling
 from emv3_jax.diffusion.phda import PhDAConfig
 from emv3_jax.errors import UserError
+from emv3_jax.files import atomic_path
 from emv3_jax.models import umt5
 from emv3_jax.models import vae as vae_model
 from emv3_jax.models.audio_tokens import audio_encoder
@@ -41,6 +43,7 @@ __all__ = [
 ]  # fmt: skip
 WEIGHTS = pathlib.Path(__file__).parent / "weights"
 TOKENIZER = "tokenizer"
+TRAINED = "trained.json"  # beside weights of our own training
 # Where converted weights of each model lie in their folder; "dit" depends on the preset.
 CONVERTED = {"dit": "dit-{}", "text": "umt5", "image": "clip", "vae": "vae", "speech": "wav2vec2"}
 DTYPES = ("float32", "bfloat16")
@@ -283,11 +286,40 @@ def load_pipeline(
     """
     if name not in PRESETS:
         raise UserError(f"there is no preset {name!r}: one of {', '.join(sorted(PRESETS))}")
-    preset = preset or with_dtype(PRESETS[name], dtype)
+    preset, phda = as_trained(preset or with_dtype(PRESETS[name], dtype), weights)
     words = words or load_tokenizer(preset, weights)
     loaders = _loaders(preset, weights, mesh)
     params = LoadedWhenUsed(loaders) if low_memory else {role: load() for role, load in loaders.items()}
-    return Pipeline(preset, params, words=words, mesh=mesh)
+    return Pipeline(preset, params, phda, words, mesh)
+
+
+def record_training(folder: pathlib.Path, preset: Preset, phda: PhDAConfig) -> None:
+    """Writes down beside trained weights how they differ from their preset: sizes, and modality weights."""
+    plain = dataclasses.asdict(PRESETS[preset.name].dit) if preset.name in PRESETS else {}
+    here = dataclasses.asdict(preset.dit)
+    sizes = {name: here[name] for name in here if name not in ("dtype", "remat") and here[name] != plain.get(name)}
+    with atomic_path(folder / TRAINED) as path:
+        path.write_text(json.dumps({"model": sizes, "phda": dataclasses.asdict(phda)}, indent=1) + "\n")
+
+
+def as_trained(preset: Preset, weights: str | pathlib.Path | None) -> tuple[Preset, PhDAConfig | None]:
+    """A preset with the sizes, and the modality weights, that weights were trained with (`record_training`); of weights
+    without a record the preset, and None.
+
+    Raises:
+      UserError: the record is damaged.
+    """
+    path = pathlib.Path(weights or WEIGHTS / preset.name) / TRAINED
+    if not path.is_file():
+        return preset, None
+    try:
+        record = json.loads(path.read_text())
+        sizes, bounds = record["model"], record["phda"]
+        dit = dataclasses.replace(preset.dit, **{k: tuple(v) if isinstance(v, list) else v for k, v in sizes.items()})
+        phda = PhDAConfig.from_config({k: () if v is None else v for k, v in bounds.items()})
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise UserError(f"{path} is damaged ({error}): copy it from where the weights came from") from error
+    return dataclasses.replace(preset, dit=dit), phda
 
 
 def load_models(

@@ -83,3 +83,6 @@ class PhDAConfig:
             for i, bounds in enumerate(self._bounds)
         ]
         return jnp.stack(columns, axis=-1)
+
+
+EVEN = PhDAConfig(None, None, None)  # every modality counts the same throughout

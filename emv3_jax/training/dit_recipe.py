@@ -20,7 +20,7 @@ from emv3_jax.data import examples
 from emv3_jax.data.dataset import Dataset, Plan
 from emv3_jax.data.extract import encoder_hash
 from emv3_jax.diffusion import flow
-from emv3_jax.diffusion.phda import PhDAConfig
+from emv3_jax.diffusion.phda import EVEN, PhDAConfig
 from emv3_jax.errors import UserError
 from emv3_jax.models import dit
 from emv3_jax.models.dit import Conditions, DiT
@@ -44,7 +44,7 @@ class DiTRecipe:
     def __init__(self, cfg: Any, preset: Preset):
         self.cfg, self.preset = cfg, preset
         self.dit, self.trained = DiT(preset.dit), trained_models(preset)
-        self.phda = PhDAConfig.from_config(cfg.phda) if cfg.phda else None
+        self.phda = PhDAConfig.from_config(cfg.phda) if cfg.phda else EVEN
 
     @property
     def frozen(self) -> Mapping[str, Any]:
@@ -203,7 +203,7 @@ class DiTRecipe:
         count = x0.shape[0] // 2 if self.cfg.objective == "dpo" else x0.shape[0]
         t = flow.sample_timesteps(keys["time"], count, self.cfg.shift, self.cfg.timesteps)
         noise = jax.random.normal(keys["noise"], (count, *x0.shape[1:]))
-        modal = None if self.phda is None else self.phda.sample(keys["phda"], t)
+        modal = self.phda.sample(keys["phda"], t)
         t, noise, modal = jax.tree.map(lambda x: jnp.tile(x, (x0.shape[0] // count, *(1,) * (x.ndim - 1))),
                                        (t, noise, modal))  # fmt: skip
         cond = self.conditions(weights, batch, keys["drop"] if drop else None)
@@ -258,6 +258,7 @@ class DiTRecipe:
         if examples.encoders_trained(self.preset):
             weights = {**weights, **dict(self.frozen)}
         checkpoint.save_models(folder, weights, self.cfg.export_dtype)
+        pipeline.record_training(folder, self.preset, self.phda)
 
     def work(self, batch: dict[str, Any]) -> tuple[int, float]:
         """Tokens of a batch, and FLOPs of a step on it: forward, backward and, for remat, forward again; a preference

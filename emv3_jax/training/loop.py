@@ -195,7 +195,7 @@ class _Run:
         """The last state, in a checkpoint if a step was taken, and the signal that ended the loop, or 0."""
         cfg, recipe, first, started = self.cfg, self.recipe, int(state.step), time.monotonic()
         step = first  # the last one that was taken; state.step would have to be waited for
-        report, watch = _Report(cfg.steps, self.log), _Watch(cfg.bad_steps, recipe)
+        report, watch = _Report(cfg, self.log), _Watch(cfg.bad_steps, recipe)
         waiting = self._batches(first + 1)
         with _Signals() as signals:
             while True:
@@ -344,8 +344,9 @@ class _Report:
     Means are over all samples since the last line, everything else is of the line's step.
     """
 
-    def __init__(self, steps: int, log: RunLog):
-        self.steps, self.log, self.peak = steps, log, peak_flops()
+    def __init__(self, cfg: Any, log: RunLog):
+        self.steps, self.log, self.peak = cfg.steps, log, peak_flops()
+        self.rate = train_state.make_schedule(cfg)
         self.noted: tuple[int, float] | None = None  # the last step that was to be told, and when
         self.pending: tuple[int, dict[str, float], dict[str, Any]] | None = None
         self.means: dict[str, Mean] = {}
@@ -387,7 +388,7 @@ class _Report:
                 values[name] = float(value)
             elif float(value.count):
                 values[name] = float(value.total) / float(value.count)
-        self.log.scalars(step, {**values, **speeds})
+        self.log.scalars(step, {**values, "learning_rate": float(self.rate(step - 1)), **speeds})
         shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items() if name != "finite")
         rate = speeds.get("steps_per_second", 0.0)
         speed = f"{rate:.2f} steps/s  {(self.steps - step) / rate / 60:.0f} min left  " if rate else ""

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from emv3_jax.diffusion.phda import PhDAConfig, phda_weight
+from emv3_jax.diffusion.phda import EVEN, PhDAConfig, phda_weight
 from emv3_jax.errors import UserError
 
 
@@ -39,7 +39,26 @@ def test_sampled_boundaries_move_but_not_the_constant():
     assert hash(cfg) == hash(PhDAConfig(image=(400.0, 600.0), audio=(400.0, 600.0), jitter=50.0))
 
 
-@pytest.mark.parametrize("bounds", [(500.0, 500.0), (600.0, 500.0), (-1.0, 500.0), (500.0, 1001.0)])
+def test_allocations_that_the_paper_compares_with():
+    """Sound left out of the early phase, and text counting half throughout the late one."""
+    cfg = PhDAConfig.from_config({"audio": (500.0, 600.0, 1.0, 0.0), "text": (100.0, 200.0), "image": ()})
+    early, between, late = cfg(jnp.asarray([900.0, 550.0, 50.0]))
+    np.testing.assert_allclose(early, [1.0, 1.0, 0.0], atol=1e-6)
+    np.testing.assert_allclose(between, [1.0, 1.0, 0.5], atol=1e-6)
+    np.testing.assert_allclose(late, [0.5, 1.0, 1.0], atol=1e-6)
+    np.testing.assert_array_equal(EVEN(jnp.asarray([900.0, 50.0])), 1.0)
+
+
+def test_impossible_sections():
+    with pytest.raises(UserError, match="config key phda: 'sound' is none of text, image, audio, jitter"):
+        PhDAConfig.from_config({"sound": ()})
+    with pytest.raises(UserError, match="PhDA weights of audio are .* must be from 0 to 1"):
+        PhDAConfig.from_config({"audio": (500.0, 600.0, 1.0, -0.5)})
+
+
+@pytest.mark.parametrize(
+    "bounds", [(500.0, 500.0, 1.0), (500.0, 500.0), (600.0, 500.0), (-1.0, 500.0), (500.0, 1001.0)]
+)
 def test_impossible_boundaries(bounds):
     with pytest.raises(UserError, match="PhDA boundaries of audio"):
         PhDAConfig(audio=bounds)

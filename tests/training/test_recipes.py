@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from emv3_jax import checkpoint, command_line, conditioning
-from emv3_jax.config import DEMO
+from emv3_jax.config import DEMO, PRESETS
 from emv3_jax.data import builder
 from emv3_jax.data.examples import TRAINED_TASKS
 from emv3_jax.data.extract import Extractor, encoder_hash
@@ -19,7 +19,7 @@ from emv3_jax.data.puppets import Puppets
 from emv3_jax.errors import UserError
 from emv3_jax.models import vae as vae_model
 from emv3_jax.options import SamplingOptions
-from emv3_jax.pipeline import expected_params
+from emv3_jax.pipeline import expected_params, load_pipeline
 from emv3_jax.puppets import clips, requests
 from emv3_jax.training import cycle, loop, negatives, recipes, verdicts
 from emv3_jax.training import state as train_state
@@ -229,6 +229,21 @@ def test_dit_is_scored_and_its_weights_come_back(dit, make, tiny, tiny_pipeline,
     restored = checkpoint.load_models(tmp_path, expected_params(tiny))
     assert arrays_equal(restored, {**params, "vae": tiny_pipeline.params["vae"]})
     assert arrays_equal(make(init_from=str(tmp_path)).init(), params)
+
+
+def test_trained_weights_know_their_sizes_and_their_phases(make, tiny, tmp_path, monkeypatch):
+    """load_pipeline needs no config for them, whatever the preset's own sizes are."""
+    recipe = make(phda={"audio": (500.0, 600.0, 1.0, 0.0)})
+    recipe.export(recipe.init(), {}, tmp_path)
+    larger = dataclasses.replace(tiny, dit=dataclasses.replace(tiny.dit, layers=5, dtype="bfloat16"))
+    monkeypatch.setitem(PRESETS, "tiny", larger)
+    recipe.export(recipe.init(), {}, tmp_path)
+    pipe = load_pipeline("tiny", tmp_path, dtype="float32")
+    assert pipe.preset.dit == tiny.dit
+    np.testing.assert_allclose(pipe.velocity().weights(jnp.array([900.0])), [[1.0, 1.0, 0.0]])
+    (tmp_path / "trained.json").write_text('{"model": {"layers')
+    with pytest.raises(UserError, match="trained.json is damaged"):
+        load_pipeline("tiny", tmp_path)
 
 
 def test_data_of_another_vae_is_refused(make, tiny_pipeline, tmp_path):
