@@ -53,7 +53,7 @@ from emv3_jax.training import state as train_state
 from emv3_jax.training.dit_recipe import SFT, DiTRecipe
 
 CLIPS, FRAMES, FIRST_CLIP = 24, 65, 5000  # held-out puppets that nothing else uses
-NEGATIVES, BATCH = 48, 8
+NEGATIVES, BATCH = 32, 8
 MEASURES = {"sync": "up", "motion": "up", "identity": "down", "distance": "down", "seam": "down"}
 WINDOWS = {"steps": 8, "shift": 3.0, "text_scale": 2.0, "audio_scale": 2.0, "window": 33, "overlap": 3}
 PNG = {"negative_motion": "A puppet sits still.", "negative_detail": "A puppet is sad."}
@@ -171,7 +171,7 @@ class Bench:
             rejected = None
             if stage.objective != SFT:
                 rejected = [self.rejected(params, seed, stage) for seed in range(self.seeds)]
-            done.append(stage.to_dict())
+            done.append({key: value for key, value in stage.to_dict().items() if key not in ("cycle", "review")})
             params = self.stage(digest([done, self.seeds, self.scale]), stage, params, rejected)
         return params
 

@@ -7,7 +7,8 @@ python train.py --config configs/ndpo.py --workdir runs/ndpo --config.issue=lips
 The weights that made the clips are the start and the reference. `objective`: ndpo compares with the reference and fades
 as negatives become unlikely; ndpo_absolute is the paper's formula as it stands; dpo is the paired baseline, each
 negative against the true clip it was made after. A stage is short: it only pushes away, and what it harms the SFT after
-it mends (full_cycle.py).
+it mends (full_cycle.py). The learning rate is a hundredth of SFT's: AdamW's steps do not shrink with the gradient, so
+at a rate of SFT's size the weights run on after the loss has faded (on puppets: configs/puppet_ndpo.py).
 """
 
 import ml_collections
@@ -29,7 +30,7 @@ def get_config() -> ml_collections.ConfigDict:
             "negatives": "data/negatives",
             "steps": STEPS,
             "stages": ((STEPS, ((113, 8),)),),
-            "learning_rates": ((STEPS, 1e-5),),
+            "learning_rates": ((STEPS, 1e-6),),
             "warmup_steps": 20,
             "ema_decay": 0.99,
             "eval_every": 100,

@@ -22,7 +22,7 @@ def get_config() -> ml_collections.ConfigDict:
             "issue": "lips",
             "steps": STEPS,
             "stages": ((STEPS, ((33, 8),)),),
-            "learning_rates": ((STEPS, 2e-4),),
+            "learning_rates": ((STEPS, 2e-5),),
             "warmup_steps": 5,
             "eval_every": STEPS,
         }
