@@ -23,7 +23,7 @@ demo: $(INSTALLED)
 	$(BIN)/python sample.py --config configs/demo.py
 
 test: $(INSTALLED_DEV)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 lint: $(INSTALLED_DEV)
 	$(BIN)/ruff check .

@@ -1,18 +1,22 @@
-"""Losses on every mesh of eight devices against one: python -m bench.meshes [--steps 20] [--meshes N]
+"""Losses on every mesh of eight devices against one: python -m bench.meshes [--steps 20] [--meshes N] [--processes 2]
 
 Eight devices are made of this machine's processor. The demo's transformer is trained on random latents by the step that
 `train.py` runs; every mesh (data, fsdp, context, tensor) whose sizes multiply to 8 must give the losses of one device.
-Prints one row a mesh: the largest relative difference of a loss over all steps.
+Prints one row a mesh: the largest relative difference of a loss over all steps. With --processes, as many processes
+have the eight devices between them (`jax.distributed`), and samples and parameters are divided over all of them.
 """
 
 import argparse
 import contextlib
 import itertools
+import json
 import os
+import socket
+import subprocess
 import sys
 from typing import Any
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import dataclasses
@@ -62,7 +66,7 @@ def run(steps: int, mesh: jax.sharding.Mesh | None, micro_batches: int = 1) -> n
     """The losses of so many steps."""
     optimizer = optax.adamw(1e-3)
     params = jax.jit(lambda key: DiT(CFG).init(key, *zero_inputs(CFG))["params"])(jax.random.key(0))
-    state = train_state.init_state(jax.device_get(params), optimizer)
+    state = jax.device_get(train_state.init_state(jax.device_get(params), optimizer))
     shardings = None if mesh is None else train_state.tree_shardings(state, mesh)
     state = state if shardings is None else jax.device_put(state, shardings)
     step = train_state.make_step(train_state.make_update(loss, optimizer, 0.99, micro_batches), shardings)
@@ -70,7 +74,10 @@ def run(steps: int, mesh: jax.sharding.Mesh | None, micro_batches: int = 1) -> n
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
         for number in range(steps):
             batch = batch_of(number)
-            batch = batch if mesh is None else distributed.place_batch(batch, mesh, BATCH)
+            if mesh is not None:
+                here = distributed.rows_here(BATCH, mesh)
+                some = jax.tree.map(lambda leaf, rows=here: leaf if rows is None else leaf[rows], batch)
+                batch = distributed.place_batch(some, mesh, BATCH, here)
             state, metrics = step(state, {}, batch)
             found.append(float(metrics["loss"]))
     return np.array(found)
@@ -82,25 +89,50 @@ def shapes() -> list[dict[str, int]]:
     return [{"data": d, "context": c, "tensor": t} for d, c, t in sizes if 8 % (d * c * t) == 0 and CFG.heads % t == 0]
 
 
+def together(steps: int, processes: int) -> np.ndarray:
+    """The losses of several processes, each with its share of the eight devices, which must all see the same."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        place = f"localhost:{free.getsockname()[1]}"
+    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // processes}"}
+    words = [sys.executable, "-m", "bench.meshes", "--steps", str(steps), "--coordinator", place]
+    running = [
+        subprocess.Popen(
+            [*words, "--processes", str(processes), "--process", str(process)],
+            env={**os.environ, **flags}, stdout=subprocess.PIPE, text=True,
+        )
+        for process in range(processes)
+    ]  # fmt: skip
+    found = [np.array(json.loads(process.communicate()[0].splitlines()[-1])) for process in running]
+    assert all(np.array_equal(found[0], other) for other in found), "the processes disagree"
+    return found[0]
+
+
 def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--meshes", type=int, default=100, help="at most so many, evenly chosen")
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--process", type=int, help="of several: which one this is")
+    parser.add_argument("--coordinator", help="of several: where they meet")
     args = parser.parse_args()
+    if args.process is not None:
+        jax.distributed.initialize(args.coordinator, args.processes, args.process)
+        print(json.dumps(run(args.steps, make_mesh()).tolist()))
+        return 0
     want = run(args.steps, None)
     print(f"loss on one device: {want[0]:.6f} at first, {want[-1]:.6f} after {args.steps} steps\n")
-    print("| data | fsdp | context | tensor | largest relative difference |\n| --- | --- | --- | --- | --- |")
-    every = shapes()
+    print("| processes | data | fsdp | context | tensor | largest relative difference |\n" + "| --- " * 6 + "|")
+    every = shapes() if args.processes == 1 else [{"data": 1, "context": 1, "tensor": 1}]
     worst = 0.0
     for sizes in every[:: -(-len(every) // args.meshes)]:
         mesh = make_mesh(**sizes)
-        error = float(np.abs(run(args.steps, mesh) / want - 1).max())
+        losses_here = run(args.steps, mesh) if args.processes == 1 else together(args.steps, args.processes)
+        error = float(np.abs(losses_here / want - 1).max())
         worst = max(worst, error)
-        print(
-            "| " + " | ".join(str(mesh.shape[a]) for a in ("data", "fsdp", "context", "tensor")) + f" | {error:.1e} |",
-            flush=True,
-        )
+        cells = (args.processes, *(mesh.shape[axis] for axis in ("data", "fsdp", "context", "tensor")), f"{error:.1e}")
+        print(f"| {' | '.join(map(str, cells))} |", flush=True)
     print(f"\nworst {worst:.1e}: {'good' if worst < 1e-5 else 'MORE than 1e-5'}")
     return 0 if worst < 1e-5 else 1
 

@@ -357,11 +357,13 @@ class LoadedWhenUsed(Mapping[str, Any]):
         return len(self._loaders)
 
 
-def weight_hashes(name: str, weights: str | pathlib.Path | None = None) -> dict[str, str]:
-    """SHA-256 by role: of the file of our own training, or of the sources of converted weights."""
+def weight_hashes(
+    name: str, weights: str | pathlib.Path | None = None, roles: Iterable[str] | None = None
+) -> dict[str, str]:
+    """SHA-256 by role (default: of all): of the file of our own training, or of the sources of converted weights."""
     folder = pathlib.Path(weights or WEIGHTS / name)
     hashes = {}
-    for role in expected_params(PRESETS[name]):
+    for role in roles or expected_params(PRESETS[name]):
         path = locate(folder, role, PRESETS[name])
         if path.suffix == ".safetensors":
             with open(path, "rb") as file:

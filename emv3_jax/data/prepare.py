@@ -87,9 +87,14 @@ def main(arguments: list[str]) -> int:
     else:
         source = Films(find_films(options.videos, options.caption), rules, preset, words)
     command_line.setup_compile_cache()
-    extractor = Extractor(preset, _frozen(preset, options.weights), words)
+    roles = _frozen(preset)
+    extractor = Extractor(preset, dict(pipeline.load_models(preset, options.weights, roles)), words)
     shards = options.shards or -(-len(source) // (64 if options.puppets else 16))
-    identity = {"preset": preset.name, "vae": encoder_hash(extractor.params["vae"])}
+    identity = {
+        "preset": preset.name,
+        "vae": encoder_hash(extractor.params["vae"]),
+        "weights": pipeline.weight_hashes(preset.name, options.weights, roles),
+    }
     record = builder.build(source, extractor, options.out, shards, identity, process, processes, say=_say)
     if record and not examples.encoders_trained(preset):
         with atomic_path(options.out / examples.NULL_TEXT) as path, open(path, "wb") as file:
@@ -110,12 +115,10 @@ def _share(text: str) -> tuple[int, int]:
     return int(process), int(processes)
 
 
-def _frozen(preset: Preset, weights: str | None) -> dict:
-    """The frozen models of a preset that training examples are seen by."""
-    from emv3_jax import pipeline
-
-    roles = ["vae"] + ["speech"] * bool(preset.speech) + ["text", "image"] * (not examples.encoders_trained(preset))
-    return dict(pipeline.load_models(preset, weights, roles))
+def _frozen(preset: Preset) -> list[str]:
+    """The roles of the frozen models that training examples of a preset are seen by."""
+    more = [] if examples.encoders_trained(preset) else ["text", "image"]
+    return ["vae", *(["speech"] if preset.speech else []), *more]
 
 
 if __name__ == "__main__":

@@ -177,7 +177,7 @@ class VideoSource:
         """The nearest frame to every moment k / fps, as long as the video lasts; all as they are at its own rate."""
         wanted = 0
         for n, frame in enumerate(self.frames()):
-            while round(wanted * self.fps / fps) == n:
+            while int(wanted * self.fps / fps + 0.5) == n:  # halves go up: round() takes them to even numbers
                 yield frame
                 wanted += 1
 

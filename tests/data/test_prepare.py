@@ -99,8 +99,10 @@ def test_states_of_the_empty_prompt_lie_beside_where_text_is_frozen(
     frozen = dataclasses.replace(tiny, vocabulary=())
     monkeypatch.setitem(config.PRESETS, "tiny", frozen)
     monkeypatch.setattr(pipeline, "load_tokenizer", lambda name, weights: tokenizer(tiny))
-    models = {role: tiny_pipeline.params[role] for role in ("vae", "text", "image")}
-    monkeypatch.setattr(prepare, "_frozen", lambda preset, weights: models)
+    monkeypatch.setattr(
+        pipeline, "load_models", lambda preset, weights, roles: {r: tiny_pipeline.params[r] for r in roles}
+    )
+    monkeypatch.setattr(pipeline, "weight_hashes", lambda name, weights, roles: dict.fromkeys(roles, "0"))
     film(tmp_path / "a.mp4", frames=9)
     code, out, err = run("--videos", "a.mp4", "--frames", 9, "--face", "none")
     assert (code, err) == (0, [])
