@@ -29,7 +29,7 @@ from emv3_jax.puppets import clips, evaluation
 from emv3_jax.training import adapters, losses, pictures, schedule, starts
 from emv3_jax.training.losses import Mean
 
-SFT = "sft"
+SFT, PAIRED = "sft", "dpo"
 BANDS = {"early": (2 / 3, 1.01), "middle": (1 / 3, 2 / 3), "late": (-0.01, 1 / 3)}  # phases of t / 1000
 
 
@@ -122,32 +122,31 @@ class DiTRecipe:
 
         return negatives.Negatives.read(self.cfg.negatives, self.cfg.issue)
 
+    def _kind(self, step: int) -> tuple[int, int]:
+        """Frames and clips of a step's batch."""
+        return schedule.kind_of_batch(self.cfg.stages, step)
+
     def batch_size(self, step: int) -> int:
         """Samples of a step's batch."""
-        size = schedule.kind_of_batch(self.cfg.stages, step)[1]
-        return 2 * size if self.cfg.objective == "dpo" else size
+        return self._kind(step)[1] * (2 if self.cfg.objective == PAIRED else 1)
 
     def ids(self, step: int) -> list[str]:
         """What the clips of a step's batch are called."""
         if self.cfg.objective != SFT:
-            return self._negatives.ids(self.cfg.seed, step, schedule.kind_of_batch(self.cfg.stages, step)[1])
+            return self._negatives.ids(self.cfg.seed, step, self._kind(step)[1])
         return [self.data.id(number) for number in self._plan.batch(step)[1]]
 
     def batch(self, step: int, rows: np.ndarray | None = None) -> dict[str, Any]:
-        """A step's batch, or some rows of it."""
-        cfg = self.cfg
-        if cfg.objective != SFT:
-            frames, size = schedule.kind_of_batch(cfg.stages, step)
-            some, names = self._negatives.examples(cfg.seed, step, size, paired=cfg.objective == "dpo")
+        """A step's batch (`examples.batch`), or some rows of it."""
+        cfg, (frames, size) = self.cfg, self._kind(step)
+        chosen = np.arange(self.batch_size(step)) if rows is None else rows
+        if cfg.objective == SFT:
+            names = schedule.tasks_of_batch(cfg.tasks, step, size, cfg.seed)
+            some = self.data.examples(self._plan.batch(step)[1][chosen])  # no more is read than is used
         else:
-            frames, numbers = self._plan.batch(step)
-            names = schedule.tasks_of_batch(cfg.tasks, step, len(numbers), cfg.seed)
-            if rows is not None:
-                numbers, names = numbers[rows], [names[row] for row in rows]
-            return examples.batch(self.data.examples(numbers), names, frames, self.preset)
-        if rows is not None:
-            some, names = [some[row] for row in rows], [names[row] for row in rows]
-        return examples.batch(some, names, frames, self.preset)
+            every, names = self._negatives.examples(cfg.seed, step, size, paired=cfg.objective == PAIRED)
+            some = [every[row] for row in chosen]
+        return examples.batch(some, [names[row] for row in chosen], frames, self.preset)
 
     # The loss.
 
@@ -200,7 +199,7 @@ class DiTRecipe:
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Errors of the velocity of each sample, weighted and plain, and the times they are of."""
         x0 = batch["latents"]
-        count = x0.shape[0] // 2 if self.cfg.objective == "dpo" else x0.shape[0]
+        count = x0.shape[0] // 2 if self.cfg.objective == PAIRED else x0.shape[0]
         t = flow.sample_timesteps(keys["time"], count, self.cfg.shift, self.cfg.timesteps)
         noise = jax.random.normal(keys["noise"], (count, *x0.shape[1:]))
         modal = self.phda.sample(keys["phda"], t)
