@@ -17,13 +17,14 @@ import shutil
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import ml_collections
 
 from emv3_jax import pipeline
 from emv3_jax.errors import UserError
 from emv3_jax.files import atomic_path
 from emv3_jax.options import SamplingOptions
-from emv3_jax.training import checks, loop, negatives, recipes, verdicts
+from emv3_jax.training import checks, distributed, loop, negatives, recipes, verdicts
 from emv3_jax.training.dit_recipe import SFT, DiTRecipe
 
 DONE = "done.json"
@@ -60,10 +61,13 @@ def train(cfg: Any, workdir: pathlib.Path) -> int:
             return stopped
         if cfg.minutes and not _finished(folder, stage.steps):
             return 0
-        with atomic_path(folder / DONE) as path:
-            path.write_text(json.dumps({"steps": stage.steps}) + "\n")
+        if jax.process_index() == 0:
+            with atomic_path(folder / DONE) as path:
+                path.write_text(json.dumps({"steps": stage.steps}) + "\n")
+        distributed.wait()
     weights = workdir / "weights"
-    shutil.copytree(stages[-1][0] / "weights", weights, dirs_exist_ok=True)
+    if jax.process_index() == 0:
+        shutil.copytree(stages[-1][0] / "weights", weights, dirs_exist_ok=True)
     loop.say(f"weights of the last stage: {weights}")
     return 0
 
@@ -103,6 +107,11 @@ def _reviewed(review: Any, stage: Any, recipe: DiTRecipe) -> bool:
     """Whether the stage's negatives are there; makes the clips and, where measures judge, the verdicts."""
     folder = pathlib.Path(stage.negatives)
     if not (folder / verdicts.CLIPS).exists():
+        if jax.process_count() > 1:
+            raise UserError(
+                f"the next stage unlearns clips that are not made yet: make them in one process (python -m"
+                f" emv3_jax.training.negatives --weights {stage.init_from} --out {folder} ...), then go on"
+            )
         pipe = recipe.make_pipeline(pipeline.load_models(recipe.preset, stage.init_from, recipe.trained))
         options = SamplingOptions(**stage.sampling)
         negatives.sample(pipe, options, recipe.data, folder, review.clips, review.task, review.batch, stage.seed)

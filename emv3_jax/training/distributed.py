@@ -57,3 +57,9 @@ def any_of(here: bool, now: bool = True) -> bool:
     if jax.process_count() == 1:
         return here
     return bool(now and np.any(multihost_utils.process_allgather(np.asarray(here))))
+
+
+def wait() -> None:
+    """Until all processes are here: what the first one has written is there for the others."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("written")

@@ -255,7 +255,7 @@ def test_data_of_another_vae_is_refused(make, tiny_pipeline, tmp_path):
 
 
 def test_data_that_is_not_there(make, tmp_path):
-    with pytest.raises(UserError, match="is not there: make it with python -m emv3_jax.data.prepare"):
+    with pytest.raises(UserError, match="is not there; make it with python -m emv3_jax.data.prepare"):
         make(data=str(tmp_path / "nothing")).batch(1)
 
 
