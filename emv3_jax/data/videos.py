@@ -252,7 +252,7 @@ class Films:
 def _length(source: media.VideoSource) -> int:
     """How many pictures `source.frames_at(FPS)` gives."""
     first = int((source.count - 1) * FPS / source.fps)
-    return next(k for k in itertools.count(first) if round(k * source.fps / FPS) >= source.count)
+    return next(k for k in itertools.count(first) if source.nearest(k, FPS) >= source.count)
 
 
 def _faces(frame: np.ndarray, height: int, width: int) -> list[Box]:

@@ -177,9 +177,13 @@ class VideoSource:
         """The nearest frame to every moment k / fps, as long as the video lasts; all as they are at its own rate."""
         wanted = 0
         for n, frame in enumerate(self.frames()):
-            while int(wanted * self.fps / fps + 0.5) == n:  # halves go up: round() takes them to even numbers
+            while self.nearest(wanted, fps) == n:
                 yield frame
                 wanted += 1
+
+    def nearest(self, moment: int, fps: float) -> int:
+        """The frame that is shown at a moment of `fps` a second; between two, the later."""
+        return int(moment * self.fps / fps + 0.5)  # round() would take halves to even numbers, and stutter
 
     def track(self) -> tuple[np.ndarray, int] | None:
         """The sound, float32 [n, 1 or 2] in [-1, 1] from the first frame to the last, and its rate; None if silent."""
