@@ -48,7 +48,7 @@ from emv3_jax.options import SamplingOptions
 from emv3_jax.pipeline import Pipeline
 from emv3_jax.puppets import clips, evaluation, metrics, prompts, world
 from emv3_jax.request import scaled
-from emv3_jax.training import cycle, negatives, recipes, schedule
+from emv3_jax.training import cycle, negatives, recipes
 from emv3_jax.training import state as train_state
 from emv3_jax.training.dit_recipe import SFT, DiTRecipe
 
@@ -144,8 +144,7 @@ class Bench:
         optimizer = train_state.make_optimizer(cfg)
         params = stack([recipe.init() for recipe in some]) if start is None else start
         state = jax.vmap(lambda p, seed: train_state.init_state(p, optimizer, seed))(params, np.arange(self.seeds))
-        restarts = schedule.joins(cfg.tasks, cfg.steps) if cfg.inter_task_ema else ()
-        update = train_state.make_update(some[0].loss, optimizer, cfg.ema_decay, 1, restarts)
+        update = train_state.make_update(some[0].loss, optimizer, cfg.ema_decay, 1, some[0].restarts())
         step_fn = train_state.make_step(jax.vmap(update, in_axes=(0, 0, 0)))
         started = time.monotonic()
         for step in range(1, cfg.steps + 1):

@@ -45,7 +45,6 @@ from emv3_jax.sharding import BATCH, make_mesh, param_shardings
 from emv3_jax.training import recipes
 from emv3_jax.training import state as train_state
 from emv3_jax.training.dit_recipe import DiTRecipe
-from emv3_jax.training.schedule import joins
 
 PEAK = {"v4": 275e12, "v5e": 197e12, "v5p": 459e12, "v6e": 918e12}  # bf16 FLOP/s of a chip, as published
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
@@ -112,9 +111,7 @@ def training_step(preset: Preset, latents: Latents, batch: int, mesh: jax.shardi
         "task": one(dtype=jnp.int32), "has_image": one(), "audio": one(*cond.audio.shape[1:]),
         "face_mask": one(height * width // 4), "text": one(*cond.text.shape[1:]), "image": one(*cond.image.shape[1:]),
     }  # fmt: skip
-    update = train_state.make_update(
-        recipe.loss, optimizer, config.ema_decay, config.micro_batches, joins(config.tasks, config.steps)
-    )
+    update = train_state.make_update(recipe.loss, optimizer, config.ema_decay, config.micro_batches, recipe.restarts())
     with jax.set_mesh(mesh):
         traced = train_state.make_step(update, shardings).trace(placed(like, shardings), {}, clips)
     return traced, recipe.work(clips)[1]

@@ -22,6 +22,7 @@ def get_config() -> ml_collections.ConfigDict:
             "tasks": ((STEPS, puppet_sft.ALL),),
             "learning_rates": ((STEPS, 5e-4),),
             "eval_every": STEPS,
+            "checkpoint_every": 80,
         }
     )
     return cfg

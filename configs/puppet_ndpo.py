@@ -25,6 +25,7 @@ def get_config() -> ml_collections.ConfigDict:
             "learning_rates": ((STEPS, 2e-5),),
             "warmup_steps": 5,
             "eval_every": STEPS,
+            "checkpoint_every": 20,
         }
     )
     return cfg

@@ -244,7 +244,7 @@ TRAIN_BAD = {
     "unknown recipe": (["--config=demo_vae.py", "--workdir=run", "--config.recipe=gan"], "config key recipe: 'gan'"),
     "unknown preset": (["--config=demo_vae.py", "--workdir=run", "--config.preset=x"], "config key preset: 'x'"),
     "not for training": (["--config=demo.py", "--workdir=run"], "not for training"),
-    "missing VAE": (["--config=demo_dit.py", "--workdir=run", "--config.vae_weights=none"], "no weights at none"),
+    "missing data": (["--config=demo_dit.py", "--workdir=run", "--config.data=none"], "the dataset none is not there"),
     "missing start": (["--config=demo_vae.py", "--workdir=run", "--config.init_from=none"], "no weights at none/"),
     "long warm-up": (["--config=demo_vae.py", "--workdir=run", "--config.warmup_steps=10000"], "key warmup_steps must"),
     "no steps": (["--config=demo_dit.py", "--workdir=run", "--config.steps=0"], "config key steps must be a whole"),
@@ -277,6 +277,8 @@ def keys_read_by(*modules) -> set[str]:
 
 SHARED = (loop, train_state, recipes)
 READERS = {"vae": (vae_recipe, *SHARED), "dit": (dit_recipe, *SHARED), None: (demo, jobs, sample)}
+BY_NAME = {"vae": {"recipe", "preset"}, "dit": {"recipe", "preset", "model"}}  # read with cfg.get
+OPTIONAL = {"frozen", "cycle", "review"}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -284,7 +286,7 @@ def test_every_config_has_the_keys_that_are_read_and_no_others(path):
     cfg = command_line.load_config(path)
     wanted = keys_read_by(*READERS[cfg.get("recipe")])
     if cfg.get("recipe"):
-        wanted |= {"recipe", "preset"} | ({"frozen"} & set(cfg.keys()))
+        wanted |= BY_NAME[cfg.recipe] | (OPTIONAL & set(cfg.keys()))
         wanted -= {"latent_channels"}  # of a model's cfg
     assert set(cfg.keys()) == wanted
 

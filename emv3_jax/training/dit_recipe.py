@@ -102,6 +102,14 @@ class DiTRecipe:
 
     # Batches.
 
+    def open(self) -> None:
+        """Opens the dataset or the negatives, and plans the batches."""
+        _ = self._plan if self.cfg.objective == SFT else self._negatives
+
+    def restarts(self) -> tuple[int, ...]:
+        """The steps after which other tasks join, if the weights go on from the moving average there."""
+        return schedule.joins(self.cfg.tasks, self.cfg.steps) if self.cfg.inter_task_ema else ()
+
     @functools.cached_property
     def data(self) -> Dataset:
         data = Dataset(self.cfg.data, self.preset)

