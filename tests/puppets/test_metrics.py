@@ -105,3 +105,12 @@ def test_sync_by_hand():
     assert metrics.sync(0.1 * law + 0.3, law) == (pytest.approx(1.0), 0)
     assert metrics.sync(-law, law)[0] == pytest.approx(-1.0)
     assert metrics.sync(np.zeros(14), law) == (0.0, 0)
+
+
+def test_the_distance_between_sets_of_videos():
+    """None from a set to itself; it grows with a change of colour, and of motion alone."""
+    true = [np.asarray(clips.make_clip("heldout", index, 9).render(32)) for index in range(16)]
+    assert metrics.frechet_distance(true, true) < 1e-3
+    darker = metrics.frechet_distance([0.8 * video - 0.2 for video in true], true)
+    still = metrics.frechet_distance([np.repeat(video[:1], 9, axis=0) for video in true], true)
+    assert darker > still > 1
