@@ -185,7 +185,10 @@ class DiTRecipe:
         """States of the empty prompt [1, text_len, text_width]."""
         path = pathlib.Path(self.cfg.data) / examples.NULL_TEXT
         states = np.zeros((1, self.preset.dit.text_len, self.preset.dit.text_width), np.float32)
-        found = np.load(path)
+        try:
+            found = np.load(path)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} is missing or damaged ({error}): prepare the dataset again") from error
         states[0, : len(found)] = found
         return states
 

@@ -150,9 +150,9 @@ def sample(
             if not all((folder / f"{name}.npz").exists() for name in names):
                 _make(pipe, options, data, folder, part, names, task, seed)
             rows += [
-                {"id": name, "video": f"{name}.mp4", "task": task, "clip": data.id(number), "seed": seed + number,
+                {"id": name, "video": f"{name}.mp4", "task": task, "clip": data.id(number), "seed": seed + part[0] + k,
                  "prompt": examples.text_of(data.examples([number])[0]["caption"])}
-                for name, number in zip(names, part, strict=True)
+                for k, (name, number) in enumerate(zip(names, part, strict=True))
             ]  # fmt: skip
             print(f"{len(rows)} of {len(numbers)} clips sampled: {folder}", flush=True)
     with atomic_path(folder / verdicts.CLIPS) as path:
@@ -214,10 +214,9 @@ def main(arguments: list[str]) -> int:
     from emv3_jax.training import recipes
 
     recipe = recipes.build(cfg)
-    data = Dataset(cfg.data, recipe.preset)
     pipe = recipe.make_pipeline(pipeline.load_models(recipe.preset, options.weights, recipe.trained))
     sampling = SamplingOptions(**cfg.sampling)
-    sample(pipe, sampling, data, options.out, options.clips, options.task, options.batch, options.seed)
+    sample(pipe, sampling, recipe.data, options.out, options.clips, options.task, options.batch, options.seed)
     if options.judge == "metrics":
         count = judge(pipe, options.out, options.issue, options.share)
         print(f"{count} of {len(verdicts.read_clips(options.out))} rejected for {options.issue}", flush=True)
