@@ -2,8 +2,8 @@
 
 Puppets sit still and the camera does not move, so that every change but the mouth's is an error. For each form: seam
 error (how much larger the error of the change between frames is at the edges of windows than elsewhere), colour drift
-of the background since the beginning, and sync in the first and in the last 10 s. A form whose name ends in
-", colours matched" is that form with match_colours.
+of the background since the beginning, and sync in the first and in the last 10 s. A form may be followed by one
+of `CHANGES`: "cfg, fresh noise".
 """
 
 import argparse
@@ -16,6 +16,7 @@ import numpy as np
 
 from emv3_jax import media
 from emv3_jax.config import DEMO, FPS
+from emv3_jax.diffusion.long_video import NOISES
 from emv3_jax.options import LONG_FORMS, SamplingOptions
 from emv3_jax.pipeline import Pipeline, Request, load_pipeline
 from emv3_jax.puppets import clips, metrics, prompts, world
@@ -23,7 +24,8 @@ from emv3_jax.render import HANDED_ON
 from emv3_jax.request import scaled
 
 FIRST_CLIP = 3000  # numbers that no other benchmark uses
-MATCHED = ", colours matched"
+MATCHED = "colours matched"  # Request.match_colours
+CHANGES: dict[str, dict[str, str]] = {MATCHED: {}, **{f"{noise} noise": {"noise": noise} for noise in NOISES}}
 
 
 def still_clip(number: int, frames: int) -> clips.Clip:
@@ -88,7 +90,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--clips", type=int, default=8)
     parser.add_argument("--seconds", type=int, default=60)
-    names = [name + end for name in LONG_FORMS for end in ("", MATCHED)]
+    names = [*LONG_FORMS, *(f"{form}, {change}" for form in LONG_FORMS for change in CHANGES)]
     parser.add_argument("--forms", nargs="+", choices=names, default=["none", "chained", "released", "cfg"])
     parser.add_argument("--overlap", type=int, default=8, help="latent frames")
     parser.add_argument("--json", help="also write the numbers of every clip here")
@@ -97,12 +99,12 @@ def main() -> int:
     frames = args.seconds * FPS + 1
     rows: dict[str, list[dict[str, float]]] = {}
     for name in args.forms:
-        form = name.removesuffix(MATCHED)
-        options = SamplingOptions(long_video=form, overlap=args.overlap)
+        form, _, change = name.partition(", ")
+        options = SamplingOptions(long_video=form, overlap=args.overlap, **CHANGES.get(change, {}))
         started = time.monotonic()
         for k in range(args.clips):
             clip = still_clip(FIRST_CLIP + k, frames)
-            video = generate(pipe, clip, options, seed=k, match=name != form)
+            video = generate(pipe, clip, options, seed=k, match=change == MATCHED)
             rows.setdefault(name, []).append(measure(video, clip, seams(form, frames, options)))
         means = {key: np.mean([row[key] for row in rows[name]]) for key in rows[name][0]}
         if name == args.forms[0]:

@@ -55,7 +55,8 @@ from emv3_jax.training.dit_recipe import SFT, DiTRecipe
 CLIPS, FRAMES, FIRST_CLIP = 24, 65, 5000  # held-out puppets that nothing else uses
 NEGATIVES, BATCH = 32, 8
 MEASURES = {"sync": "up", "motion": "up", "identity": "down", "distance": "down", "seam": "down"}
-WINDOWS = {"steps": 8, "shift": 3.0, "text_scale": 2.0, "audio_scale": 2.0, "window": 33, "overlap": 3}
+WINDOWS = {"steps": 8, "shift": 3.0, "text_scale": 2.0, "audio_scale": 2.0, "window": 33, "overlap": 3,
+           "noise": "fresh"}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

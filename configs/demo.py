@@ -48,6 +48,7 @@ def get_config() -> ml_collections.ConfigDict:
                 "long_video": "",  # cfg, chained, released or none; empty: cfg, in released mode chained
                 "window": 0,  # video frames; 0: the longest clip of the preset, 125
                 "overlap": 8,  # latent frames
+                "noise": "",  # in long videos: fresh, repeated or shuffled; empty: repeated in cfg, else fresh
                 "windows_together": 0,  # windows in one batch; 0: as many as the device has memory for
                 "branches_together": True,
             },

@@ -50,6 +50,7 @@ def get_config() -> ml_collections.ConfigDict:
                 "long_video": "",  # cfg, chained, released or none; empty: cfg, in released mode chained
                 "window": 0,  # video frames; 0: the longest clip of the preset, 113
                 "overlap": 8,  # latent frames
+                "noise": "fresh",  # in long videos: fresh, as released, repeated or shuffled (measured on puppets)
                 "windows_together": 0,  # windows in one batch; 0: as many as the device has memory for
                 "branches_together": True,
             },

@@ -15,17 +15,19 @@ from emv3_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class LongForm:
-    """How windows of a long video lie and are blended; `alone`: they hear nothing from outside themselves."""
+    """How windows of a long video lie, are blended and share their noise (a key of long_video.NOISES); `alone`: they
+    hear nothing from outside themselves."""
 
     plan: Callable[[int, int, int], Windows] = long_video.plan
     blend: long_video.Blend = long_video.long_video_cfg
+    noise: str = "fresh"
     overlaps: bool = True
     alone: bool = False
 
 
 # "chained" makes one window after another, each of which goes on from the last frames of the one before.
 LONG_FORMS = {
-    "cfg": LongForm(),
+    "cfg": LongForm(noise="repeated"),
     "chained": LongForm(),
     "released": LongForm(long_video.released_plan, long_video.released_blend, alone=True),
     "none": LongForm(overlaps=False),
@@ -43,7 +45,8 @@ class SamplingOptions:
     negative_detail, neg_scale, neg_steps: see `negatives.Negatives`.
     cache_threshold: TeaCache, 0 is off; cache_start: steps that are always computed.
     long_video: a key of LONG_FORMS, for videos longer than a window; empty: cfg. window: video frames of one, 4k + 1; 0
-    is the longest clip of the preset. overlap: latent frames that neighbouring windows share.
+    is the longest clip of the preset. overlap: latent frames that neighbouring windows share. noise: a key of
+    long_video.NOISES; empty: the form's.
     windows_together: how many windows are one batch; 0: as many as the device has memory for. branches_together:
     guidance branches as one batch, or one after another in the memory of one.
     """
@@ -66,6 +69,7 @@ class SamplingOptions:
     long_video: str = "cfg"
     window: int = 0
     overlap: int = 8
+    noise: str = ""
     windows_together: int = 0
     branches_together: bool = True
 
@@ -82,6 +86,8 @@ class SamplingOptions:
         object.__setattr__(self, "long_video", self.long_video or "cfg")  # a config may leave it open
         if self.long_video not in LONG_FORMS:
             raise UserError(f"there is no form of long video {self.long_video!r}: one of {', '.join(LONG_FORMS)}")
+        if self.noise and self.noise not in long_video.NOISES:
+            raise UserError(f"there is no noise {self.noise!r}: one of {', '.join(long_video.NOISES)}")
         if self.long_video == "released" and self.sampler != "flow":
             raise UserError("the released long video needs the sampler flow, which has no memory; cfg works with all")
         if self.window and (self.window < 5 or self.window % 4 != 1):
@@ -114,12 +120,21 @@ class SamplingOptions:
         return LONG_FORMS[self.long_video]
 
     @property
+    def noise_name(self) -> str:
+        """A key of long_video.NOISES."""
+        return self.noise or self.long_form.noise
+
+    @property
     def grid(self) -> TimeGrid:
         return solvers.sampler_named(self.sampler).grid(self.steps, self.shift)
 
     @property
     def solver(self) -> solvers.Solver:
         return solvers.sampler_named(self.sampler).solver(self.grid)
+
+    def noises(self, frames: np.ndarray, windows: Windows, seed: int) -> np.ndarray:
+        """Numbers of the noises that latent frames [k] of a video begin with."""
+        return long_video.NOISES[self.noise_name](frames, windows.stride, seed)
 
     def windows(self, latent_frames: int, longest: int) -> Windows:
         """The windows of a video; longest: video frames of the preset's longest clip."""

@@ -158,14 +158,14 @@ class Pipeline:
     def noise(self, seed: int, frames: int, size: tuple[int, int] | None = None) -> jax.Array:
         """Standard normal [1, T, h, w, 16], the same on every machine; size: in pixels, default the preset's.
 
-        A latent frame's noise depends on its number alone, so a longer video begins with that of a shorter one.
+        A latent frame's noise depends on its number alone, so a longer clip begins with that of a shorter one.
         """
-        count = self.preset.vae.latent_frames(frames)
-        return self.noise_frames(seed, 0, count, size or (self.preset.height, self.preset.width))[None]
+        numbers = np.arange(self.preset.vae.latent_frames(frames))
+        return self.noise_frames(seed, numbers, size or (self.preset.height, self.preset.width))[None]
 
-    def noise_frames(self, seed: int, first: int, last: int, size: tuple[int, int]) -> jax.Array:
-        """`noise` of latent frames first..last - 1: [last - first, h, w, 16]."""
-        return _frame_noise(jax.random.key(seed), jnp.arange(first, last), self.frame_shape(size))
+    def noise_frames(self, seed: int, numbers: np.ndarray, size: tuple[int, int]) -> jax.Array:
+        """`noise` of some latent frames by number [k]: [k, h, w, 16]."""
+        return _frame_noise(jax.random.key(seed), jnp.asarray(numbers), self.frame_shape(size))
 
     def frame_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
         """[h, w, 16] of one latent frame of a picture of some height and width in pixels."""

@@ -65,7 +65,7 @@ def stream(
     for line in steps.describe(run.steps):
         tell(line)
     if len(windows.starts) > 1:
-        tell(f"long video: {len(windows.starts)} windows, form {options.long_video}")
+        tell(f"long video: {len(windows.starts)} windows, form {options.long_video}, noise {options.noise_name}")
     if options.long_video == "chained" and len(windows.starts) > 1:
         frames = run.chained(on_step)
     else:
@@ -130,7 +130,8 @@ class Run:
         shape, earlier = pipe.frame_shape(self.ready.size), clip.number * clip.latent_frames
 
         def start(first: int, last: int) -> tuple[np.ndarray, Any]:
-            x = pipe.noise_frames(self.ready.seed, earlier + first, earlier + last, self.ready.size)
+            numbers = self.options.noises(np.arange(first, last), windows, self.ready.seed)
+            x = pipe.noise_frames(self.ready.seed, earlier + numbers, self.ready.size)
             return np.asarray(x), solver.init(x)
 
         state = jax.eval_shape(solver.init, jax.ShapeDtypeStruct((1, *shape), jnp.float32))

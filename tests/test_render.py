@@ -10,6 +10,7 @@ import pytest
 import soundfile
 
 from emv3_jax import conditioning, config, contexts, media, render, request, steps
+from emv3_jax.diffusion import long_video
 from emv3_jax.diffusion.guidance import CHAIN
 from emv3_jax.errors import UserError
 from emv3_jax.pipeline import RATE, Pipeline, Request, SamplingOptions, read_request
@@ -70,6 +71,26 @@ def test_long_videos_have_their_length_and_begin_alike(tiny_pipeline, form):
     assert frames.shape == (37, 32, 32, 3)
     assert told[-1].startswith("long video:") and form in told[-1]
     assert difference(frames[-1], frames[0]) > 2
+
+
+@pytest.mark.parametrize(
+    ("change", "numbers"),
+    [
+        ({}, [0, 1, 0, 1, 0, 1, 0, 1, 0, 1]),
+        ({"noise": "fresh"}, range(10)),
+        ({"long_video": "released"}, range(10)),
+        ({"long_video": "none", "noise": "repeated"}, [0, 1, 2, 3, 0, 1, 2, 3, 0, 1]),
+    ],
+    ids=str,
+)
+def test_a_long_video_begins_with_the_noise_of_its_form(tiny_pipeline, change, numbers, tmp_path, monkeypatch):
+    """Windows of 4 latent frames that overlap by 2; what the store holds before the first step."""
+    options = dataclasses.replace(OPTIONS, window=13, **change)
+    run = render.Run(tiny_pipeline, read_request(ask(37), tiny_pipeline.preset), options, tmp_path / "render")
+    monkeypatch.setattr(long_video, "follow", lambda *args: None)
+    store = run.follow(run.whole(), options.windows(10, 13), None)
+    noise = np.asarray(tiny_pipeline.noise(0, 37))[0]
+    np.testing.assert_array_equal(store.read_x(0, 10), noise[list(numbers)])
 
 
 def test_the_voice_reaches_its_own_frames_of_a_long_video(tiny_pipeline):

@@ -83,6 +83,7 @@ BAD = {
     "unknown mode": (["--config.mode=fast"], "config key mode: 'fast' is none of default, released"),
     "more devices than there are": (["--config.mesh.data=3"], "1 devices cannot be divided into data 3"),
     "unknown dtype": (["--config.dtype=int8"], "dtype must be float32 or bfloat16, got 'int8'"),
+    "unknown noise": (["--config.sampling.noise=x"], "there is no noise 'x': one of fresh, repeated, shuffled"),
     "unknown form": (["--config.sampling.long_video=x"], "there is no form of long video 'x'"),
     "window": (["--config.sampling.window=8"], "window must be 4k + 1 frames"),
     "overlap": (["--config.sampling.window=5", "--config.frames=9"], "windows of 2 latent frames cannot overlap by 8"),

@@ -13,6 +13,10 @@ The released program blends the latents after every step instead, by the same we
 section 4). Euler's step is x + dsigma v and weights add up to 1, so this too is a blend of velocities: only the first
 step differs. (With the solver's step taken window by window, it works for Euler alone.)
 
+Windows that begin with noises of their own paint what the conditions leave open, a background say, each in its own
+way, and the video drifts from one to the other. So the noise of the first window's frames may come again in all that
+follow (`NOISES`).
+
 Latents live in a `Store`, of which a few windows are in memory; a step is written beside the one before, so that a
 render that was interrupted goes on from its last finished step.
 
@@ -50,6 +54,11 @@ class Windows:
     @property
     def sizes(self) -> tuple[int, ...]:
         return tuple(end - start for start, end in zip(self.starts, self.ends, strict=True))
+
+    @property
+    def stride(self) -> int:
+        """Frames from the beginning of one window to that of the next; of a single window, its length."""
+        return (*self.starts, self.total)[1]
 
     def finished(self, k: int) -> tuple[int, int]:
         """First and last + 1 of the frames of window k that no later window touches, and no earlier one finished."""
@@ -117,6 +126,30 @@ def _fold(windows: Windows, ramp: Callable[[int], np.ndarray]) -> list[np.ndarra
         weights[row, start:end] = share
         covered = end
     return [row[start:end].astype(np.float32) for row, (start, end) in zip(weights, pairs, strict=True)]
+
+
+def fresh_noise(frames: np.ndarray, stride: int, seed: int) -> np.ndarray:
+    """Every frame has a noise of its own."""
+    return frames
+
+
+def repeated_noise(frames: np.ndarray, stride: int, seed: int) -> np.ndarray:
+    """Every window begins with the noises of the first (but the last window, where it was moved back)."""
+    return frames % stride
+
+
+def shuffled_noise(frames: np.ndarray, stride: int, seed: int) -> np.ndarray:
+    """As `repeated_noise`, each time in another order, so that motions do not come again in step (the local shuffle of
+    FreeNoise, Qiu et al. 2023)."""
+
+    def order(turn: int) -> np.ndarray:
+        return np.random.default_rng([seed % 2**32, turn]).permutation(stride) if turn else np.arange(stride)
+
+    return np.array([order(turn)[place] for turn, place in zip(*np.divmod(frames, stride), strict=True)], int)
+
+
+# choose(numbers of latent frames [k], stride of the windows, seed) -> numbers of the noises that they begin with [k]
+NOISES = {"fresh": fresh_noise, "repeated": repeated_noise, "shuffled": shuffled_noise}
 
 
 @jax.jit

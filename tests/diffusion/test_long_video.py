@@ -46,6 +46,30 @@ def test_the_later_window_counts_f_over_n():
     assert long_video.released_blend(plan(9, 6, 3), 0)[1].tolist() == [1, 1, 1, 1, 1, 1]
 
 
+def test_noises_of_the_first_window_come_again():
+    """Windows [0, 5), [3, 8), [6, 11), [7, 12): three noises and what becomes of them."""
+    windows, frames = plan(12, 5, 2), np.arange(12)
+    assert windows.stride == 3 and plan(4, 5, 2).stride == 4
+    numbers = {name: choose(frames, windows.stride, 0) for name, choose in long_video.NOISES.items()}
+    assert numbers["fresh"].tolist() == list(range(12))
+    assert numbers["repeated"].tolist() == [0, 1, 2] * 4
+    turns = numbers["shuffled"].reshape(4, 3)
+    assert turns[0].tolist() == [0, 1, 2] and all(sorted(turn) == [0, 1, 2] for turn in turns.tolist())
+
+
+def test_shuffled_noise_is_of_the_seed_and_the_frame_alone():
+    """Frames are asked for some at a time, and again when a render goes on."""
+    whole = long_video.shuffled_noise(np.arange(240), 24, 5)
+    np.testing.assert_array_equal(long_video.shuffled_noise(np.arange(70, 90), 24, 5), whole[70:90])
+    assert (whole[24:48] != whole[48:72]).any() and (whole != long_video.shuffled_noise(np.arange(240), 24, 6)).any()
+    assert len(long_video.shuffled_noise(np.arange(3), 24, -1)) == 3
+
+
+@pytest.mark.parametrize("choose", long_video.NOISES.values())
+def test_one_window_has_noises_of_its_own_in_order(choose):
+    np.testing.assert_array_equal(choose(np.arange(7), plan(7, 9, 2).stride, 3), np.arange(7))
+
+
 def field(x, t, i):
     """Bends every number by itself, so that windows do not matter."""
     return jnp.sin(1.7 * x + t / 300) + 0.3 * x
