@@ -138,7 +138,7 @@ def load_converted(folder: PathLike, like: Any, shardings: Any = None, dtype: An
     Args:
       folder: one model's folder of converted weights.
       like: the parameter tree of the model, whose leaves need only a shape; the weights must match it exactly.
-      shardings: a tree of shardings as `like`, or one for all parameters; default: the first device.
+      shardings: a tree of shardings as `like`, or one for all parameters; default: `jax.default_device`.
       dtype: of all parameters; default: as they were converted.
     Returns:
       Nested dict of jax.Array.
@@ -148,7 +148,8 @@ def load_converted(folder: PathLike, like: Any, shardings: Any = None, dtype: An
     """
     found = check_converted(folder, like)
     if shardings is None:
-        shardings = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        device = jax.config.jax_default_device or jax.local_devices()[0]
+        shardings = jax.sharding.SingleDeviceSharding(device)
     if isinstance(shardings, jax.sharding.Sharding):
         placed = dict.fromkeys(found, shardings)
     else:

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -118,6 +119,8 @@ mesh = Mesh(np.array(jax.devices()), ("d",))
 shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, "float32")
 like = {"blocks": {"kernel": shape(4, 16, 24), "bias": shape(4)}, "head": shape(8)}
 whole = load_converted(sys.argv[1], like)
+with jax.default_device(jax.devices()[3]):
+    assert load_converted(sys.argv[1], like)["head"].devices() == {jax.devices()[3]}
 specs = {"blocks": {"kernel": P(None, None, "d"), "bias": P()}, "head": P("d")}
 shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda x: isinstance(x, P))
 params = load_converted(sys.argv[1], like, shardings)
@@ -138,3 +141,29 @@ def test_every_device_gets_its_part(folder):
     command = [sys.executable, "-c", EIGHT_DEVICES, str(folder)]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.stdout == "good\n", done.stderr
+
+
+ONE_OF_TWO = """
+import sys
+import jax
+from emv3_jax.converted import load_converted
+jax.distributed.initialize(f"localhost:{sys.argv[2]}", 2, int(sys.argv[3]))
+shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, "float32")
+like = {"blocks": {"kernel": shape(4, 16, 24), "bias": shape(4)}, "head": shape(8)}
+assert load_converted(sys.argv[1], like)["head"].devices() == {jax.local_devices()[0]}
+print("good")
+"""
+
+
+def test_each_of_two_processes_loads_onto_a_device_of_its_own(folder):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(__file__).parents[1])}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": env}
+    running = [
+        subprocess.Popen([sys.executable, "-c", ONE_OF_TWO, str(folder), port, number], **pipes) for number in "01"
+    ]
+    for process in running:
+        out, errors = process.communicate(timeout=120)
+        assert out.endswith("good\n"), errors

@@ -93,9 +93,7 @@ def train(recipe: Recipe, cfg: Any, workdir: pathlib.Path) -> int:
     optimizer = train_state.make_optimizer(cfg)
     mesh = sharding.from_config(cfg.mesh)
     state, shardings = _start(recipe, optimizer, cfg.seed, mesh)
-    constants = recipe.constants()
-    if mesh is not None:
-        constants = jax.device_put(constants, train_state.tree_shardings(constants, mesh))
+    constants = _divided(recipe.constants, mesh)
     update = train_state.make_update(recipe.loss, optimizer, cfg.ema_decay, cfg.micro_batches, recipe.restarts())
     options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
     handler = ocp.StandardCheckpointHandler()
@@ -119,13 +117,26 @@ def train(recipe: Recipe, cfg: Any, workdir: pathlib.Path) -> int:
 
 def _start(recipe: Recipe, optimizer: Any, seed: int, mesh: jax.sharding.Mesh | None) -> tuple[TrainState, Any]:
     """The state at step 0 where it belongs, and its shardings; None on one device."""
-    params = recipe.init()
+    params = _divided(recipe.init, mesh)
     if mesh is None:
         return train_state.init_state(params, optimizer, seed), None
-    params = jax.device_put(params, train_state.tree_shardings(params, mesh))  # no device holds more than its part
     make = lambda some: train_state.init_state(some, optimizer, seed)  # noqa: E731
     shardings = train_state.tree_shardings(jax.eval_shape(make, params), mesh)
     return jax.jit(make, out_shardings=shardings)(params), shardings
+
+
+def _divided(make: Callable[[], Any], mesh: jax.sharding.Mesh | None) -> Any:
+    """The parameters that `make` makes; for a mesh they are made in the host's memory and then divided, so that no
+    device ever holds more than its part."""
+    if mesh is None:
+        return make()
+    try:
+        host = jax.local_devices(backend="cpu")[0]
+    except RuntimeError as error:
+        raise UserError("weights are put together on the CPU: let JAX_PLATFORMS name cpu too, as in tpu,cpu") from error
+    with jax.default_device(host):
+        made = jax.device_get(make())
+    return jax.device_put(made, train_state.tree_shardings(made, mesh))
 
 
 def say(line: str) -> None:
