@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 from flax import traverse_util
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from emv3_jax.errors import UserError
@@ -79,7 +80,9 @@ def make_mesh(devices: Any = None, data: int = 1, branch: int = 1, context: int 
             f"{tensor}"
         )
     sizes = (data, branch, len(devices) // wanted, context, tensor)
-    return jax.make_mesh(sizes, AXES, (jax.sharding.AxisType.Auto,) * len(AXES), devices=devices)
+    # An axis of the mesh may take a part of an axis of the machine: four along context of a slice of 16 x 16.
+    grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
 
 
 def from_config(section: Mapping[str, int]) -> Mesh | None:

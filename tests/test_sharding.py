@@ -1,11 +1,13 @@
 """Parameters over several devices: every one has a rule, and the video stays what one device makes."""
 
+import dataclasses
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
@@ -45,6 +47,27 @@ def test_every_parameter_of_every_preset_has_a_rule_and_most_values_are_divided(
             else:
                 divided += leaf.size
     assert divided > 0.95 * (divided + whole)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What a mesh asks of a device."""
+
+    id: int
+    coords: tuple[int, int, int]
+    platform: str = "tpu"
+    device_kind: str = "TPU v6 lite"
+    core_on_chip: int = 0
+    process_index: int = 0
+    slice_index: int = 0
+
+
+def test_context_takes_a_part_of_an_axis_of_the_slice():
+    """Four of 16 x 16 chips lie side by side along context, though no axis of the slice has four."""
+    mesh = make_mesh([Chip(16 * y + x, (x, y, 0)) for y in range(16) for x in range(16)], context=4)
+    assert dict(mesh.shape) == {"data": 1, "branch": 1, "fsdp": 64, "context": 4, "tensor": 1}
+    coords = np.array([[chip.coords for chip in group] for group in mesh.devices[0, 0, :, :, 0]])
+    assert (np.abs(np.diff(coords, axis=1)).sum(-1) == 1).all()
 
 
 EIGHT_DEVICES = """
