@@ -42,7 +42,7 @@ def get_config() -> ml_collections.ConfigDict:
             # run
             # several devices: samples and parameters go along fsdp, which takes what the others leave
             "mesh": {"data": 1, "context": 1, "tensor": 1},
-            "micro_batches": 1,  # parts that a batch is taken in, to save memory
+            "micro_batches": 1,  # parts that a batch is taken in, to save memory; 0: one sample at a time a device
             "batches_ahead": 2,  # made by as many threads before they are needed
             "minutes": 0.0,
             "bad_steps": 3,

@@ -123,6 +123,12 @@ def batch_axes(size: int) -> Axis:
     return None
 
 
+def batch_groups(size: int) -> int:
+    """Groups of devices that a batch of some size is divided over; the devices of one work on the same samples."""
+    axes = batch_axes(size) or ()
+    return math.prod(axis_size(axis) for axis in ((axes,) if isinstance(axes, str) else axes))
+
+
 def divide(x: jax.Array, *axes: Axis) -> jax.Array:
     """x with its first dimensions divided along axes of the mesh in use, as far as they divide evenly."""
 

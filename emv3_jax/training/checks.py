@@ -86,7 +86,7 @@ RUN: dict[str, Test] = {
     "export_dtype": one_of("float32", "float16"),
     "eval_clips": whole(1),
     "motion_gain": NOT_NEGATIVE,
-    "micro_batches": whole(1),
+    "micro_batches": whole(0),
     "batches_ahead": whole(0),
     "mesh": (lambda value: hasattr(value, "keys"), "a section"),
 }

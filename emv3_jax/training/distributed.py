@@ -1,5 +1,7 @@
 """What differs when several processes train together: which rows each reads, and when they stop."""
 
+import math
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -13,6 +15,21 @@ from emv3_jax import sharding
 def _batch_sharding(size: int, mesh: Mesh) -> NamedSharding:
     with jax.set_mesh(mesh):
         return NamedSharding(mesh, PartitionSpec(sharding.batch_axes(size)))
+
+
+def undivided(sizes: Iterable[int], mesh: Mesh | None) -> list[str]:
+    """A note for every size of batch that does not divide over all groups of devices of a mesh that it could."""
+    if mesh is None:
+        return []
+    groups = math.prod(mesh.shape[axis] for axis in sharding.BATCH)
+    with jax.set_mesh(mesh):
+        over = {size: sharding.batch_groups(size) for size in sorted(set(sizes))}
+    return [
+        f"note: batches of {size} samples are divided over {count} and not over all {groups} groups of devices, of which"
+        f" some work on the same samples: let {groups} divide what stages say"
+        for size, count in over.items()
+        if count < groups
+    ]
 
 
 def rows_here(size: int, mesh: Mesh) -> np.ndarray | None:

@@ -100,6 +100,8 @@ def train(recipe: Recipe, cfg: Any, workdir: pathlib.Path) -> int:
     with ocp.CheckpointManager(workdir / "checkpoints", options=options, item_handlers=handler) as checkpoints:
         state = _resume(checkpoints, state, workdir)
         first = int(state.step)
+        for line in distributed.undivided(map(recipe.batch_size, range(first + 1, cfg.steps + 1)), mesh):
+            say(line)
         log = RunLog(workdir if jax.process_index() == 0 else None, first)
         run = _Run(recipe, cfg, constants, train_state.make_step(update, shardings), checkpoints, log, mesh)
         try:

@@ -118,7 +118,8 @@ def make_update(
 
     Args:
       micro_batches: the batch is taken in so many equal parts, one after another, in the memory of one; their gradients
-        are averaged. Each part has random keys of its own.
+        are averaged. Each part has random keys of its own, and every n-th sample, so that what lies on a group of
+        devices stays there. 0: as many parts as leave one sample at a time to every group of devices.
       restarts: steps after which the weights go on from the moving average (inter-task EMA, paper, Soup of Tasks).
     """
     gradient = jax.value_and_grad(loss_fn, has_aux=True)
@@ -127,17 +128,18 @@ def make_update(
         if micro_batches == 1:
             return gradient(params, constants, batch, key)
         sizes = {leaf.shape[0] for leaf in jax.tree.leaves(batch)}
-        if any(size % micro_batches for size in sizes):
-            raise UserError(f"config key micro_batches: {micro_batches} does not divide a batch of {max(sizes)}")
-        parts = jax.tree.map(lambda leaf: leaf.reshape(micro_batches, -1, *leaf.shape[1:]), batch)
+        count = micro_batches or min(sizes) // sharding.batch_groups(min(sizes))
+        if any(size % count for size in sizes):
+            raise UserError(f"config key micro_batches: {count} does not divide a batch of {max(sizes)}")
+        parts = jax.tree.map(lambda leaf: jnp.moveaxis(leaf.reshape(-1, count, *leaf.shape[1:]), 1, 0), batch)
         one = lambda number, part: gradient(params, constants, part, jax.random.fold_in(key, number))  # noqa: E731
         zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(one, 0, jax.tree.map(lambda leaf: leaf[0], parts)))
 
         def add(total: Any, part: tuple[jax.Array, Any]) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, total, one(*part)), None
 
-        total, _ = jax.lax.scan(add, zeros, (jnp.arange(micro_batches), parts))
-        return jax.tree.map(lambda leaf: leaf / micro_batches, total)
+        total, _ = jax.lax.scan(add, zeros, (jnp.arange(count), parts))
+        return jax.tree.map(lambda leaf: leaf / count, total)
 
     def update(state: TrainState, constants: Params, batch: Any) -> tuple[TrainState, dict[str, Any]]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)

@@ -87,6 +87,19 @@ def test_drift_is_the_change_of_the_background_over_time():
     np.testing.assert_allclose(metrics.background_drift(fading, clip_of(0)), expected, rtol=0.02)
 
 
+def test_what_every_latent_frame_does_is_no_seam():
+    """A jump of 5 of 255 where each latent frame begins (1, 5, 9, ...), and of 8 at the seam, frame 13."""
+    sizes = np.zeros(FRAMES)
+    sizes[1::4] = 5.0
+    sizes[13] = 8.0
+    signs = np.where(np.cumsum(sizes > 0) % 2, 1.0, -1.0)  # there and back, so that nothing is clipped
+    offset = np.cumsum(sizes * signs)[:, None, None, None] / 127.5
+    broken = true_video(0) + offset
+    clip = clip_of(0)
+    assert metrics.seam_error(broken, clip, [13], every=4) == pytest.approx(3.0, abs=1e-3)
+    assert metrics.seam_error(broken, clip, [13]) == pytest.approx(8.0 - 6 * 5.0 / 27, abs=1e-3)
+
+
 def test_seam_error_is_the_jump_at_the_seam():
     broken = true_video(0).copy()
     broken[13:] += 5 / 127.5

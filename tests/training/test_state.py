@@ -146,14 +146,27 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch():
     rng = np.random.default_rng(0)
     batch = {name: jnp.asarray(rng.standard_normal((8, 2)), jnp.float32) for name in ("x", "y")}
     ends = []
-    for count in (1, 4):
+    for count in (1, 4, 0):
         step = make_step(mean_loss, optax.sgd(0.1), 0.9, micro_batches=count)
         state, metrics = step(train_state.init_state(params(), optax.sgd(0.1)), {}, batch)
         ends.append((state.params["head"]["kernel"], metrics["loss"], metrics["grad_norm"], metrics["mean"]))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), *ends)
+    for end in ends[1:]:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), ends[0], end)
     step = make_step(mean_loss, optax.sgd(0.1), 0.9, micro_batches=3)
     with pytest.raises(UserError, match="micro_batches: 3 does not divide a batch of 8"):
         step(train_state.init_state(params(), optax.sgd(0.1)), {}, batch)
+
+
+def test_micro_batches_keep_halves_of_a_batch_together():
+    """Batches of true clips and then their negatives (paired DPO): every part holds both of a pair."""
+
+    def loss(params, constants, batch, key):
+        first, second = jnp.split(batch["pair"], 2)
+        return jnp.sum(params["head"]["kernel"]), {"apart": jnp.sum(jnp.abs(first - second))}
+
+    step = make_step(loss, optax.sgd(0.1), 0.9, micro_batches=2)
+    batch = {"pair": jnp.tile(jnp.arange(4.0), 2)}
+    assert float(step(train_state.init_state(params(), optax.sgd(0.1)), {}, batch)[1]["apart"]) == 0
 
 
 def test_weights_go_on_from_the_moving_average_after_a_restart():
