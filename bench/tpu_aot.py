@@ -5,8 +5,9 @@
 
 Needs the libtpu that belongs to the jax that is installed (pip install -e '.[tpu]'), and no TPU. The programs are those
 that are run: a sampling step of `sample.py` (three guidance branches of some windows; text, image and sound prepared),
-or the training step of configs/sft_1b.py (AdamW, float32 masters, moving average, all blocks computed again in the
-backward pass). Prints one row a topology: memory a chip (arguments and temporaries), collectives, seconds to compile,
+or the training step of configs/sft_1b.py as it is (AdamW, float32 masters, moving average, all blocks computed again in
+the backward pass, as many micro-batches as the mesh asks for), whose batch is enlarged where groups of chips would have
+no clip. Prints one row a topology: memory a chip (arguments and temporaries), collectives, seconds to compile,
 and the floor of a step: FLOPs over the chips' peak. Nothing is run, so there are no timings.
 """
 
@@ -124,7 +125,8 @@ def compile_for(topology: str, preset: Preset, args: argparse.Namespace) -> str:
     """One row of the table."""
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     mesh = make_mesh(devices, data=args.data, context=args.context, tensor=args.tensor)
-    batch = args.batch or len(devices) // (args.context * args.tensor)
+    groups = len(devices) // (args.context * args.tensor)
+    batch = args.batch or (max(groups, sft_1b.CLIPS) if args.mode == "train" else groups)
     started = time.monotonic()
     traced, work = PROGRAMS[args.mode](preset, args.latents, batch, mesh)
     with jax.set_mesh(mesh):
@@ -156,7 +158,7 @@ def main() -> int:
     parser.add_argument("--latents", type=lambda text: tuple(map(int, text.split(","))), default=(29, 96, 96))
     parser.add_argument("--mode", choices=PROGRAMS, default="sample")
     parser.add_argument(
-        "--batch", type=int, default=0, help="windows or clips; 0: one for every context x tensor chips"
+        "--batch", type=int, default=0, help="0: a window for every context x tensor chips, or the config's clips"
     )
     parser.add_argument("--data", type=int, default=1)
     parser.add_argument("--context", type=int, default=4)

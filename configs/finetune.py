@@ -5,7 +5,9 @@ python -m emv3_jax.data.prepare --videos films --preset preview --weights weight
 python train.py --config configs/finetune.py --workdir runs/finetune
 python sample.py --config configs/preview.py --config.weights=runs/finetune/weights ...
 
-Everything of sft_1b.py but where it starts and how fast it learns. --config.preset=flash for the flash transformer.
+Everything of sft_1b.py but where it starts, how fast it learns, and that every device has clips of its own: where one
+has no memory for that (docs/benchmarks.md), several share a clip with --config.mesh.context=4.
+--config.preset=flash for the flash transformer.
 Released weights were not trained with PhDA, so every modality counts the same throughout (phda is empty).
 """
 
@@ -29,6 +31,7 @@ def get_config() -> ml_collections.ConfigDict:
             "learning_rates": ((STEPS, 2e-5),),
             "warmup_steps": 100,
             "ema_decay": 0.999,
+            "mesh": {"data": 1, "context": 1, "tensor": 1},
         }
     )
     return cfg

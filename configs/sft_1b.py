@@ -9,6 +9,9 @@ The audio branch starts silent: at step 0 the velocity is the base model's. Task
 to the lowest, and the weights go on from their moving average whenever one joins. As in the paper: clips of 113 frames
 of 768 x 768, learning rate 1e-4; the paper does not say how many steps. This has not been run: memory and FLOPs of a
 step on TPU slices stand in docs/benchmarks.md (`python -m bench.tpu_aot --mode train`).
+
+Four devices share a clip's tokens (mesh.context), and take the clips of a batch one after another (micro_batches 0).
+With more than 128 devices a batch needs more clips, or a clip more devices; with less than four set mesh.context.
 """
 
 import ml_collections
@@ -49,6 +52,7 @@ def get_config() -> ml_collections.ConfigDict:
             "beta2": 0.999,
             "ema_decay": 0.9995,
             "mesh": {"data": 1, "context": 4, "tensor": 1},
+            "micro_batches": 0,
             "batches_ahead": 4,
             "eval_every": 1000,
             "eval_clips": 1,

@@ -25,8 +25,8 @@ def undivided(sizes: Iterable[int], mesh: Mesh | None) -> list[str]:
     with jax.set_mesh(mesh):
         over = {size: sharding.batch_groups(size) for size in sorted(set(sizes))}
     return [
-        f"note: batches of {size} samples are divided over {count} and not over all {groups} groups of devices, of which"
-        f" some work on the same samples: let {groups} divide what stages say"
+        f"note: batches of {size} samples are divided over {count} of {groups} groups of devices, so some work on the"
+        f" same samples: let {groups} divide the clips that stages say"
         for size, count in over.items()
         if count < groups
     ]
