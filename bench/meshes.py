@@ -95,20 +95,11 @@ def together(steps: int, sizes: dict[str, int], processes: int) -> np.ndarray:
         free.bind(("localhost", 0))
         place = f"localhost:{free.getsockname()[1]}"
     flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // processes}"}
-    words = [
-        sys.executable,
-        "-m",
-        "bench.meshes",
-        "--steps",
-        str(steps),
-        "--coordinator",
-        place,
-        "--sizes",
-        json.dumps(sizes),
-    ]
+    words = [sys.executable, "-m", "bench.meshes", "--steps", str(steps), "--coordinator", place]
+    words += ["--sizes", json.dumps(sizes), "--processes", str(processes)]
     running = [
         subprocess.Popen(
-            [*words, "--processes", str(processes), "--process", str(process)],
+            [*words, "--process", str(process)],
             env={**os.environ, **flags}, stdout=subprocess.PIPE, text=True,
         )
         for process in range(processes)
