@@ -7,7 +7,7 @@ python sample.py --manifest jobs.jsonl
 With the demo's config, a picture, a voice and a prompt that are not given are its own. Beside the video stands a JSON
 file that says how it was made. A manifest is a .jsonl or .csv file, a row a video, whose columns are named like the
 options below (image, audio, prompt, seed, task, out, ...), like keys of the config's section sampling (steps, ...), or
-frames or match_colours.
+frames, fps or match_colours.
 """
 
 import pathlib

@@ -73,21 +73,21 @@ def request_of(job: Job, cfg: Any) -> Request:
     """
     own_picture = job.task in ("i2v", "flf2v") and job.image is None and cfg.puppet >= 0
     own_sound = job.task != "lipsync" and job.audio is None and cfg.puppet >= 0
-    face = cfg.face if job.face is None else job.face
-    if job.task == "t2v" or face == "none":
-        face = None
+    face = job.face
+    if face is None and job.task != "t2v":  # which has no picture to find the config's face in
+        face = cfg.face
     return Request(
         image=demo.portrait(cfg.puppet, demo.preset(cfg).height) if own_picture else job.image,
         audio=demo.SENTENCE if own_sound else job.audio,
         prompt=cfg.prompt if job.prompt is None else job.prompt,
         frames=job.frames or cfg.frames or None,
         seed=job.seed,
-        face=face,
+        face=None if face == "none" else face,
         task=job.task,
         last_image=job.last_image,
         video=job.video,
         mouth=job.mouth,
-        fps=cfg.fps or None,
+        fps=(cfg.fps if job.fps is None else job.fps) or None,
         match_colours=cfg.match_colours if job.match_colours is None else job.match_colours,
     )
 
@@ -104,7 +104,7 @@ def options_of(job: Job, cfg: Any) -> SamplingOptions:
         raise UserError(f"there is no column or sampling option {unknown[0]!r}{advice}")
     for name, value in job.sampling.items():
         kinds = (int, float) if isinstance(cfg.sampling[name], float) else (type(cfg.sampling[name]),)
-        if not isinstance(value, kinds):
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
             raise UserError(f"{name} must be {KINDS[kinds[-1]]}, got {value!r}")
     values = {**cfg.sampling, **job.sampling}
     return SamplingOptions(**{**values, "long_video": values["long_video"] or MODES[cfg.mode].long_video})

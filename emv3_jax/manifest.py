@@ -11,7 +11,7 @@ from emv3_jax.errors import UserError
 from emv3_jax.files import PathLike, check_readable
 
 OPTIONS = ("image", "last_image", "video", "audio", "prompt", "task", "face", "mouth", "seed", "out", "sheet")
-COLUMNS = (*OPTIONS, "frames", "match_colours")  # those without an option are keys of the config
+COLUMNS = (*OPTIONS, "frames", "fps", "match_colours")  # those without an option are keys of the config
 FILES = {"image": "image", "last_image": "last image", "video": "video", "audio": "recording"}
 FACES = ("none", "detect", "largest")
 
@@ -33,6 +33,7 @@ class Job:
     frames: int = 0
     sheet: str | None = None
     match_colours: bool | None = None
+    fps: float | None = None
     sampling: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -120,7 +121,7 @@ def _option(name: str) -> str:
 
 def parse_face(value: Any) -> Any:
     """ "y1,y2,x1,x2" -> four numbers; a number counts faces; the path of a .npy file and the words of FACES stay."""
-    if value in FACES or isinstance(value, int):
+    if value in FACES or (isinstance(value, int) and not isinstance(value, bool)):
         return value
     if isinstance(value, str) and value.isdigit():
         return int(value)
@@ -145,3 +146,6 @@ def check_alone(arguments: Sequence[str]) -> None:
     extra = [name for name in names if name.removeprefix("--").replace("-", "_") in COLUMNS]
     if extra:
         raise UserError(f"{extra[0]} and --manifest do not go together: give it in the rows")
+    fps = values.get("fps", 0)
+    if not isinstance(fps, int | float) or isinstance(fps, bool):
+        raise UserError(f"fps must be a number, got {fps!r}")

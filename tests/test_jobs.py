@@ -133,3 +133,6 @@ def test_values_of_the_wrong_kind(row, message):
 )
 def test_faces_are_said_in_many_ways(value, face):
     assert manifest.parse_face(value) == face
+        ({"out": "a.mp4", "fps": "fast"}, "fps must be a number, got 'fast'"),
+        ({"out": "a.mp4", "fps": True}, "fps must be a number, got True"),
+        ({"out": "a.mp4", "face": True}, "--face must be four numbers"),

@@ -138,6 +138,12 @@ def test_what_is_not_given_is_the_demos_own():
 @pytest.fixture
 def tiny_words(files, tiny, tiny_pipeline, monkeypatch) -> list[str]:
     """A command line that works, of a preset that takes seconds."""
+    found = command_line.load_config(DEMO_CONFIG, {"face": "largest", "fps": "30"})
+    assert jobs.request_of(manifest.Job("a.mp4"), found).face == "largest"
+    assert jobs.request_of(manifest.Job("a.mp4", task="t2v"), found).face is None  # the config's is for pictures
+    with pytest.raises(UserError, match="the task t2v takes no face box"):
+        pipeline.read_request(jobs.request_of(manifest.Job("a.mp4", task="t2v", face=2), cfg), config.DEMO)
+    assert [jobs.request_of(manifest.Job("a.mp4", fps=fps), found).fps for fps in (None, 20, 0)] == [30, 20, None]
     monkeypatch.setitem(config.PRESETS, "tiny", tiny)
     monkeypatch.chdir(files)
     checkpoint.save_models(files / "weights", tiny_pipeline.params)
