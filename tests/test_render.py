@@ -303,7 +303,7 @@ def test_an_interrupted_render_gives_the_same_video(tiny_pipeline, tmp_path):
         list(tiny_pipeline.stream(ready, dataclasses.replace(options, shift=4.0), None, folder))
     done: list = []
     again = list(tiny_pipeline.stream(ready, options, lambda i, n: done.append(i), folder))
-    assert done == [3, 4] and not folder.exists()
+    assert done == [3, 4] and folder.is_dir()  # whoever takes the frames removes it when they are safe
     np.testing.assert_array_equal(np.concatenate(again), whole)
 
 
