@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import av
 import numpy as np
 import pytest
 import soundfile
@@ -167,6 +168,9 @@ def test_a_video_and_a_sheet_are_made(tiny_words, files, monkeypatch, capsys):
     assert "sampling" in captured.out and "peak memory process" in captured.out
     record = json.loads((files / "talk.json").read_text())
     assert record["job"]["prompt"] == "A puppet nods." and set(record["weights"]) == {"dit", "text", "image", "vae"}
+    with av.open(str(files / "talk.mp4")) as container:
+        comment = json.loads(container.metadata["comment"])
+    assert comment == {name: record[name] for name in record if name not in ("seconds", "peak_memory_gb")}
     assert not (files / "talk.mp4.render").exists()
     frames, fps, wave = media.read_video(files / "talk.mp4")
     assert frames.shape == (5, 64, 64, 3) and fps == 25 and wave is not None
