@@ -295,11 +295,11 @@ def _read_sound(
     frames = request.frames or (frames_for(len(wave) / RATE) if video is None else _frames_of(video))
     if frames % 4 != 1 or frames < 5:
         raise UserError(f"frames must be 4k + 1 and at least 5, got {frames}")
-    if video is not None and frames > _frames_of(video):
-        raise UserError(f"video {video.path} lasts {video.seconds:.2f} s: {frames} frames are more than it has")
     if video is not None and frames < _frames_of(video):
         made = f"{frames / FPS:.2f} s are made ({frames} frames)"
         notes.append(f"video {video.path} lasts {video.seconds:.2f} s: only its first {made}")
+    if video is not None and frames > _frames_of(video):
+        raise UserError(f"video {video.path} lasts {video.seconds:.2f} s: {frames} frames are more than it has")
     notes += conditioning.audio_notes(preset, wave)
     spare = len(wave) - round(frames / FPS * RATE)
     if spare > 0:
