@@ -7,13 +7,13 @@ python sample.py --manifest jobs.jsonl
 With the demo's config, a picture, a voice and a prompt that are not given are its own. Beside the video stands a JSON
 file that says how it was made. A manifest is a .jsonl or .csv file, a row a video, whose columns are named like the
 options below (image, audio, prompt, seed, task, out, ...), like keys of the config's section sampling (steps, ...), or
-frames or match_colours.
+frames, fps or match_colours.
 """
 
 import pathlib
 import sys
 
-from emv3_jax import command_line, manifest, media
+from emv3_jax import command_line, manifest
 
 
 def make_parser() -> command_line.Parser:
@@ -41,16 +41,14 @@ def make_parser() -> command_line.Parser:
 def main(arguments: list[str]) -> int:
     options, cfg = command_line.parse(make_parser(), arguments)
     if options.manifest:
-        rows = manifest.read(options.manifest)
+        rows = manifest.read_rows(options.manifest)
         manifest.check_alone(arguments)
     else:
         if options.sheet is None and options.out == "out/demo.mp4":
             options.sheet = "out/demo.png"
         row = {name: value for name in manifest.OPTIONS if (value := getattr(options, name)) is not None}
         job = manifest.checked_job(row)
-        media.check_writable(job.out, (".mp4",))
-        if job.sheet:
-            media.check_writable(job.sheet, (".png",))
+        manifest.check_outputs(job, taken={})
 
     # From here on JAX is imported, which takes seconds. What is still unchecked is what the files hold, the prompt and
     # the config's values; that is done before any weights are read.

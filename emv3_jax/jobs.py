@@ -1,19 +1,18 @@
 """What `sample.py` does: reads a job, renders it, and writes the video, its contact sheet and its record.
 
 A job is a row of settings, from the command line or from a manifest. The record, a JSON file beside the video, says how
-it was made; the same text stands in the video's metadata. Latents of a render that is not finished lie in a folder
-beside the video, from which --resume goes on.
+it was made; the same, but for times and memory, stands in the video's metadata. Latents of a render lie in a folder
+beside the video, from which --resume goes on, until the video and its record are in place.
 """
 
 import dataclasses
+import hashlib
 import importlib.metadata
 import itertools
 import json
 import pathlib
-import resource
 import shutil
 import sys
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,14 +20,16 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from emv3_jax import config, demo, media, render, sharding
+from emv3_jax import config, demo, manifest, media, render, sharding
 from emv3_jax.command_line import did_you_mean
 from emv3_jax.config import RATE, Preset
+from emv3_jax.diffusion.store import PROGRESS
 from emv3_jax.errors import UserError
 from emv3_jax.layers import temporal_frequencies
-from emv3_jax.manifest import COLUMNS, Job, checked_job
+from emv3_jax.manifest import COLUMNS, Job
 from emv3_jax.options import SamplingOptions
 from emv3_jax.pipeline import Pipeline, load_pipeline, weight_hashes, with_dtype
+from emv3_jax.progress import Bar, Clock, peak_memory
 from emv3_jax.request import Ready, Request, read_request
 
 NO_MATTER = ("sampling", "mesh", "low_memory")  # config keys that a record has elsewhere, or that change no video
@@ -73,21 +74,21 @@ def request_of(job: Job, cfg: Any) -> Request:
     """
     own_picture = job.task in ("i2v", "flf2v") and job.image is None and cfg.puppet >= 0
     own_sound = job.task != "lipsync" and job.audio is None and cfg.puppet >= 0
-    face = cfg.face if job.face is None else job.face
-    if job.task == "t2v" or face == "none":
-        face = None
+    face = job.face
+    if face is None and job.task != "t2v":  # which has no picture to find the config's face in
+        face = cfg.face
     return Request(
         image=demo.portrait(cfg.puppet, demo.preset(cfg).height) if own_picture else job.image,
         audio=demo.SENTENCE if own_sound else job.audio,
         prompt=cfg.prompt if job.prompt is None else job.prompt,
         frames=job.frames or cfg.frames or None,
         seed=job.seed,
-        face=face,
+        face=None if face == "none" else face,
         task=job.task,
         last_image=job.last_image,
         video=job.video,
         mouth=job.mouth,
-        fps=cfg.fps or None,
+        fps=(cfg.fps if job.fps is None else job.fps) or None,
         match_colours=cfg.match_colours if job.match_colours is None else job.match_colours,
     )
 
@@ -104,7 +105,7 @@ def options_of(job: Job, cfg: Any) -> SamplingOptions:
         raise UserError(f"there is no column or sampling option {unknown[0]!r}{advice}")
     for name, value in job.sampling.items():
         kinds = (int, float) if isinstance(cfg.sampling[name], float) else (type(cfg.sampling[name]),)
-        if not isinstance(value, kinds):
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
             raise UserError(f"{name} must be {KINDS[kinds[-1]]}, got {value!r}")
     values = {**cfg.sampling, **job.sampling}
     return SamplingOptions(**{**values, "long_video": values["long_video"] or MODES[cfg.mode].long_video})
@@ -157,17 +158,14 @@ class Renderer:
         return ready, options
 
     def finished(self, job: Job) -> bool:
-        """Whether a job's video is there and was made with the same settings and weights."""
-        out = pathlib.Path(job.out)
-        try:
-            record = json.loads(out.with_suffix(".json").read_text())
-        except (OSError, ValueError):
+        """Whether a job's files are there and were made of the same files with the same settings and weights."""
+        if not all(path.is_file() for path in manifest.output_files(job)):
             return False
-        wanted = json.loads(json.dumps(self._settings(job)))
-        return out.is_file() and {name: record.get(name) for name in wanted} == wanted
+        record, wanted = manifest.read_record(job), json.loads(json.dumps(self._settings(job)))
+        return {name: record.get(name) for name in wanted} == wanted
 
     def _settings(self, job: Job) -> dict[str, Any]:
-        """What a video depends on, but for the contents of the job's files."""
+        """What a video depends on."""
         if not self._hashes:
             self._hashes = weight_hashes(self.preset.name, self.cfg.weights or None)
         return {
@@ -175,25 +173,27 @@ class Renderer:
             "dtype": self.preset.dit.dtype,
             "weights": self._hashes,
             "job": dataclasses.asdict(job),
+            "inputs": {kind: _file_hash(path) for kind, path in manifest.input_files(job).items()},
             "sampling": dataclasses.asdict(options_of(job, self.cfg)),
         }
 
     def render(self, job: Job, ready: Ready, options: SamplingOptions) -> None:
         """Makes the job's files; says what it does and how long it took."""
-        out = pathlib.Path(job.out)
+        out, folder = pathlib.Path(job.out), render_folder(pathlib.Path(job.out))
         clock = Clock()
         pipe = self.pipe
         clock.lap("weights read")
         record = self._record(job, ready)
         try:
             self._write(job, ready, options, pipe, clock, record)
+            took = clock.total
+            record |= {"seconds": clock.laps, "peak_memory_gb": peak_memory()}
+            with media.atomic_path(manifest.record_path(job)) as path:
+                path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         except BaseException:
-            _keep_or_remove(render_folder(out))
+            _keep_or_remove(folder)
             raise
-        took = clock.total
-        record |= {"seconds": clock.laps, "peak_memory_gb": peak_memory()}
-        with media.atomic_path(out.with_suffix(".json")) as path:
-            path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+        shutil.rmtree(folder, ignore_errors=True)
         made = f"{out} and {job.sheet}" if job.sheet else str(out)
         fps, count = ready.output
         print(f"wrote {made}: {count} frames, {count / fps:.2f} s of video, in {took:.1f} s")
@@ -205,16 +205,15 @@ class Renderer:
     ) -> None:
         folder = render_folder(pathlib.Path(job.out))
         # The chained form samples between the pictures, so the first bar stays until the end.
-        with tqdm(total=options.steps, desc="sampling", unit="step", disable=None) as steps_bar:
+        with Bar("sampling", "step", options.steps) as bar:
 
             def on_step(done: int, total: int) -> None:
                 clock.step()
-                steps_bar.total = total
-                steps_bar.update(done - steps_bar.n)
+                bar.show(done, total)
 
             pieces = pipe.stream(ready, options, on_step, folder, tell=lambda line: tqdm.write(f"note: {line}"))
             first = next(pieces)
-            clock.lap_steps()
+            clock.lap("first frame")
             self._write_video(job, ready, itertools.chain([first], pieces), first.shape[1:3], clock, record)
 
     def _write_video(
@@ -229,11 +228,14 @@ class Renderer:
         with media.VideoWriter(
             job.out, size[0], size[1], fps=fps, wave=sound, rate=rate, scale=1 if ready.video else self.cfg.enlarge,
             comment=json.dumps(record, ensure_ascii=False),
-        ) as video, tqdm(total=count, desc="decoding", unit="frame", disable=None) as bar:  # fmt: skip
+        ) as video, Bar("decoding", "frame", count) as bar:  # fmt: skip
             for piece in pieces:
                 shown |= {video.count + k: frame for k, frame in enumerate(piece) if video.count + k in wanted}
                 video.write(piece)
-                bar.update(len(piece))
+                bar.show(video.count, count, len(piece))
+                clock.lap("decoding and writing")
+            # A kill in between may leave a video without a record, but never one beside the record of another.
+            manifest.record_path(job).unlink(missing_ok=True)
         clock.lap("decoding and writing")
         if job.sheet:
             media.contact_sheet(shown, count, ready.wave, RATE, fps, job.sheet, ready.title)
@@ -253,80 +255,53 @@ class Renderer:
         }
 
 
-def render_all(renderer: Renderer, rows: list[dict[str, Any]], resume: bool) -> int:
-    """Renders the rows of a manifest: finished ones are skipped, bad ones reported. Returns 1 if any failed, or 0."""
+def render_all(renderer: Renderer, rows: list[manifest.Row], resume: bool) -> int:
+    """Renders the rows of a manifest: finished ones are skipped, bad ones reported. Returns 1 if any failed, or 0.
+
+    Whatever a row raises, even what nobody thought of, is its own failure and not that of the rows after it.
+    """
     done, skipped, failed = 0, 0, []
-    for number, row in enumerate(rows, start=1):
-        name = f"row {number} of {len(rows)}"
+    for number, (row, job) in enumerate(zip(rows, manifest.plan(rows), strict=True), start=1):
+        name = f"row {number} of {len(rows)} (line {row.line})"
         try:
-            job = checked_job(row)
-            out = media.check_writable(job.out, (".mp4",))
-            if job.sheet:
-                media.check_writable(job.sheet, (".png",))
+            if isinstance(job, Exception):
+                raise job
             if renderer.finished(job):
                 print(f"{name}: {job.out} is finished", flush=True)
                 skipped += 1
                 continue
-            check_resume(out, resume)
+            check_resume(pathlib.Path(job.out), resume)
             print(f"{name}: {job.out}", flush=True)
             ready, options = renderer.read(job)
             renderer.render(job, ready, options)
             done += 1
-        except UserError as error:
-            failed.append(number)
-            print(
-                "\n".join((f"{name}: {' '.join(error.message.split())}", *error.details)), file=sys.stderr, flush=True
-            )
+        except Exception as error:
+            failed.append(row.line)
+            print(f"{name}: {_reason(error)}", file=sys.stderr, flush=True)
     summary = f"{len(rows)} rows: {done} made, {skipped} were finished, {len(failed)} failed"
-    print(summary + (f" (rows {', '.join(map(str, failed))})" if failed else ""))
+    print(summary + (f" (lines {', '.join(map(str, failed))})" if failed else ""))
     return 1 if failed else 0
 
 
-class Clock:
-    """Seconds of the stages of a render; the first step is given apart, as far as it took longer than the others."""
-
-    def __init__(self) -> None:
-        self.laps: dict[str, float] = {}
-        self._started = self._last = time.monotonic()
-        self._steps: list[float] = []
-
-    @property
-    def total(self) -> float:
-        return time.monotonic() - self._started
-
-    def lap(self, name: str) -> None:
-        """Ends a stage."""
-        now = time.monotonic()
-        self.laps[name] = round(now - self._last, 3)
-        self._last = now
-
-    def step(self) -> None:
-        """A sampling step ended."""
-        self._steps.append(time.monotonic())
-
-    def lap_steps(self) -> None:
-        """Ends sampling up to the first picture."""
-        if self._steps:
-            spans = np.diff(self._steps)
-            usual = float(np.median(spans)) if len(spans) else 0.0
-            self.laps["conditions and warm-up"] = round(max(0.0, self._steps[0] - self._last - usual), 3)
-            self.laps["sampling"] = round(self._steps[-1] - self._steps[0] + usual, 3)
-            self._last = self._steps[-1]
-        self.lap("first frame")
+def _reason(error: Exception) -> str:
+    """A user's mistake in its own words; of anything else the type and the first line."""
+    if isinstance(error, UserError):
+        return "\n".join((" ".join(error.message.split()), *error.details))
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
-def peak_memory() -> dict[str, float]:
-    """Most memory in use so far, in GB: of the process, and of the first accelerator."""
-    peak = {"process": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3)}
-    stats = jax.devices()[0].memory_stats() or {}
-    if "peak_bytes_in_use" in stats:
-        peak["device"] = round(stats["peak_bytes_in_use"] / 2**30, 3)
-    return peak
+def _file_hash(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _keep_or_remove(folder: pathlib.Path) -> None:
     """After an interruption: latents of finished steps stay, a folder without any goes."""
-    progress = [json.loads(path.read_text())["done"] for path in folder.glob("chunk_*/progress.json")]
+    try:
+        progress = [json.loads(path.read_text())["done"] for path in folder.glob(f"chunk_*/{PROGRESS}")]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # damaged: the store has said so, and what remains of it is the user's
     if any(progress):
         print(f"note: the finished steps are kept in {folder}: go on with --resume", file=sys.stderr)
     else:

@@ -2,8 +2,10 @@
 
 import csv
 import dataclasses
+import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from emv3_jax import media
@@ -11,7 +13,7 @@ from emv3_jax.errors import UserError
 from emv3_jax.files import PathLike, check_readable
 
 OPTIONS = ("image", "last_image", "video", "audio", "prompt", "task", "face", "mouth", "seed", "out", "sheet")
-COLUMNS = (*OPTIONS, "frames", "match_colours")  # those without an option are keys of the config
+COLUMNS = (*OPTIONS, "frames", "fps", "match_colours")  # those without an option are keys of the config
 FILES = {"image": "image", "last_image": "last image", "video": "video", "audio": "recording"}
 FACES = ("none", "detect", "largest")
 
@@ -31,9 +33,20 @@ class Job:
     mouth: tuple[float, float, float, float] | None = None
     seed: int = 0
     frames: int = 0
+    fps: float | None = None
     sheet: str | None = None
     match_colours: bool | None = None
     sampling: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A row of a manifest. line: where it begins in the file, from 1. problem: the end of a sentence, why the row
+    cannot be read; it then has no values."""
+
+    line: int
+    values: dict[str, Any]
+    problem: str = ""
 
 
 def read(path: PathLike) -> list[dict[str, Any]]:
@@ -42,6 +55,19 @@ def read(path: PathLike) -> list[dict[str, Any]]:
     Raises:
       UserError: the file cannot be read, has no rows, or a row is not one.
     """
+    rows = read_rows(path)
+    for row in rows:
+        if row.problem:
+            raise UserError(f"manifest {path}, line {row.line} {row.problem}")
+    return [row.values for row in rows]
+
+
+def read_rows(path: PathLike) -> list[Row]:
+    """As `read`, but a row that is not one is among the others.
+
+    Raises:
+      UserError: the file cannot be read, or has no rows.
+    """
     path = check_readable(path, "manifest")
     if path.suffix.lower() not in (".jsonl", ".csv"):
         raise UserError(f"manifest {path} must end in .jsonl or .csv")
@@ -49,32 +75,56 @@ def read(path: PathLike) -> list[dict[str, Any]]:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise UserError(f"manifest {path} is not text in UTF-8") from None
+    # Only "\n" ends a line (and what was read as one): JSON may hold other separators of Unicode inside its strings.
+    lines = list(io.StringIO(text))
     if path.suffix.lower() == ".jsonl":
-        rows = [
-            _json_row(line, f"manifest {path}, line {n}") for n, line in enumerate(text.splitlines(), 1) if line.strip()
-        ]
+        rows = [_json_row(n, line) for n, line in enumerate(lines, 1) if line.strip()]
     else:
-        table = csv.DictReader(text.splitlines(), restkey="", strict=True)
-        rows = [_csv_row(row, f"manifest {path}, row {n}") for n, row in enumerate(table, 1)]
+        rows = _csv_rows(lines, f"manifest {path}")
     if not rows:
         raise UserError(f"manifest {path} holds no rows")
     return rows
 
 
-def _json_row(line: str, place: str) -> dict[str, Any]:
+def _json_row(number: int, line: str) -> Row:
     try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{place} is not JSON: {error}") from None
-    if not isinstance(row, dict):
-        raise UserError(f'{place} must be an object like {{"image": ..., "out": ...}}')
-    return row
+        values = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return Row(number, {}, f"is not JSON: {error}")
+    if not isinstance(values, dict):
+        return Row(number, {}, 'must be an object like {"image": ..., "out": ...}')
+    return Row(number, values)
 
 
-def _csv_row(row: Mapping[str, Any], place: str) -> dict[str, Any]:
-    if "" in row:
-        raise UserError(f"{place} has more cells than the first line has names")
-    return {name: _cell(value) for name, value in row.items() if value}
+def _csv_rows(lines: list[str], place: str) -> list[Row]:
+    table = _csv_table(lines)
+    _, names, problem = next(table, (0, [], ""))
+    if problem:
+        raise UserError(f"{place}: the line with the names {problem}")
+    return [Row(line, {}, problem) if problem else _csv_row(line, names, cells) for line, cells, problem in table]
+
+
+def _csv_table(lines: list[str]) -> Iterator[tuple[int, list[str], str]]:
+    """Number of the first line, cells, and problem of every row. After a row that cannot be read, such as one whose
+    quote is never closed, reading goes on with the line after its first."""
+    start = 0
+    while start < len(lines):
+        table, first = csv.reader(lines[start:], strict=True), start
+        try:
+            for cells in table:
+                if cells:
+                    yield first + 1, cells, ""
+                first = start + table.line_num
+            return
+        except csv.Error as error:
+            yield first + 1, [], f"is not CSV: {error}"
+            start = first + 1
+
+
+def _csv_row(line: int, names: list[str], cells: list[str]) -> Row:
+    if len(cells) > len(names):
+        return Row(line, {}, "has more cells than the first line has names")
+    return Row(line, {name: _cell(text) for name, text in zip(names, cells, strict=False) if text})
 
 
 def _cell(text: str) -> Any:
@@ -104,6 +154,9 @@ def checked_job(row: Mapping[str, Any]) -> Job:
         value = values.get(name, 0)
         if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= top:
             raise UserError(f"{_option(name)} must be between 0 and {top}, got {value}")
+    fps = values.get("fps", 0)
+    if not isinstance(fps, int | float) or isinstance(fps, bool):
+        raise UserError(f"fps must be a number, got {fps!r}")
     if not isinstance(values.get("match_colours", False), bool):
         raise UserError(f"match_colours must be true or false, got {values['match_colours']!r}")
     if "face" in values:
@@ -120,7 +173,7 @@ def _option(name: str) -> str:
 
 def parse_face(value: Any) -> Any:
     """ "y1,y2,x1,x2" -> four numbers; a number counts faces; the path of a .npy file and the words of FACES stay."""
-    if value in FACES or isinstance(value, int):
+    if value in FACES or (isinstance(value, int) and not isinstance(value, bool)):
         return value
     if isinstance(value, str) and value.isdigit():
         return int(value)
@@ -137,6 +190,77 @@ def parse_box(value: Any, name: str, otherwise: str = "") -> tuple[float, float,
     except (ValueError, TypeError):
         raise UserError(f"--{name} must be four numbers y1,y2,x1,x2 in pixels{otherwise}, got {value!r}") from None
     return y1, y2, x1, x2
+
+
+def plan(rows: Sequence[Row]) -> list[Job | Exception]:
+    """The job of every row, or what is wrong with it; no two rows write one file, and none writes what any reads."""
+    planned = [_job_or_error(row) for row in rows]
+    taken: dict[Path, str] = {}
+    for row, job in zip(rows, planned, strict=True):
+        if isinstance(job, Job):
+            taken |= {Path(path).resolve(): f"the {kind} of line {row.line}" for kind, path in input_files(job).items()}
+    for k, (row, job) in enumerate(zip(rows, planned, strict=True)):
+        if isinstance(job, Job):
+            try:
+                check_outputs(job, taken)
+                taken |= {path.resolve(): f"an output of line {row.line}" for path in output_files(job)}
+            except Exception as error:  # whatever it is, the other rows can be made
+                planned[k] = error
+    return planned
+
+
+def _job_or_error(row: Row) -> Job | Exception:
+    try:
+        if row.problem:
+            raise UserError(f"the row {row.problem}")
+        return checked_job(row.values)
+    except Exception as error:  # whatever it is, the other rows can be made
+        return error
+
+
+def input_files(job: Job) -> dict[str, str]:
+    """The files that a job reads, by what they are to the user."""
+    files = {kind: path for name, kind in FILES.items() if (path := getattr(job, name)) is not None}
+    return files | ({"face box": job.face} if isinstance(job.face, str) and job.face not in FACES else {})
+
+
+def output_files(job: Job) -> list[Path]:
+    """The files that a job writes: the video, its record, and perhaps a contact sheet."""
+    return [Path(job.out), record_path(job), *([Path(job.sheet)] if job.sheet else [])]
+
+
+def record_path(job: Job) -> Path:
+    """The JSON file beside a video that says how it was made."""
+    return Path(job.out).with_suffix(".json")
+
+
+def read_record(job: Job) -> dict[str, Any]:
+    """What the record beside a job's video says; empty if there is none, or the file is none of ours."""
+    try:
+        record = json.loads(record_path(job).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    ours = isinstance(record, dict) and str(record.get("program", "")).startswith("emv3_jax ")
+    return record if ours else {}
+
+
+def check_outputs(job: Job, taken: Mapping[Path, str]) -> None:
+    """Whether a job's files can be written without a loss; before any work.
+
+    Args:
+      taken: files that other jobs read or write, by resolved path, and what they are.
+    Raises:
+      UserError: an output that cannot be written, that is also read or written elsewhere, or that would replace a JSON
+        file that is no record of ours.
+    """
+    own = {Path(path).resolve(): f"the {kind} that is given" for kind, path in input_files(job).items()}
+    for path, suffix in zip(output_files(job), (".mp4", ".json", ".png"), strict=False):
+        if also := {**taken, **own}.get(path.resolve()):
+            raise UserError(f"output {path} is also {also}: choose another name")
+        media.check_writable(path, (suffix,))
+    record = record_path(job)
+    if record.exists() and not read_record(job):
+        raise UserError(f"{record}, where the record of {job.out} would stand, is another file: choose another name")
 
 
 def check_alone(arguments: Sequence[str]) -> None:

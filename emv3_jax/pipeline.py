@@ -205,8 +205,8 @@ class Pipeline:
         """Yields the video as it is decoded: [1 or 4, H, W, 3] uint8 at a time.
 
         Args:
-          folder: where the latents of unfinished steps are kept; a render that was interrupted goes on from there, if
-            it is asked for the same. Removed at the end. Default: a temporary one.
+          folder: where the latents are kept; a render that was interrupted goes on from there, if it is asked for the
+            same. It stays, to be removed once the frames are safe. Default: a temporary one, which does not.
           tell: is told what was decided before the first step, a line at a time.
         """
         from emv3_jax import render

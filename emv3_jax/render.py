@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import itertools
 import pathlib
-import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -58,7 +57,7 @@ class Clip:
 def stream(
     pipe: Any, ready: Ready, options: SamplingOptions, on_step: OnStep | None, folder: pathlib.Path, tell: Tell
 ) -> Iterator[np.ndarray]:
-    """See `Pipeline.stream`, whose arguments these are; the folder is removed at the end."""
+    """See `Pipeline.stream`, whose arguments these are; the folder is left to the caller."""
     check(ready, options, pipe.preset)
     run = Run(pipe, ready, options, folder)
     windows = options.windows(pipe.preset.vae.latent_frames(run.frames), pipe.preset.max_frames)
@@ -73,7 +72,6 @@ def stream(
     if ready.match_colours:
         frames = media.matched_to_first(frames)
     yield from frames if ready.video is None else run.dubbed(frames)
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def check(ready: Ready, options: SamplingOptions, preset: Preset) -> None:

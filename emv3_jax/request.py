@@ -217,6 +217,8 @@ def _check_task(request: Request) -> None:
             raise UserError(f"the task {request.task} takes no {name.replace('_', ' ')}")
     if request.fps is not None and not 1 <= request.fps <= 120:
         raise UserError(f"fps must be from 1 to 120, got {request.fps:g}")
+    if request.task != "lipsync" and request.fps is not None:
+        raise UserError(f"the task {request.task} takes no fps: its videos have {FPS} frames a second")
     if request.task == "t2v" and request.face is not None:
         raise UserError("the task t2v takes no face box: there is no picture to find it in")
     if request.task == "lipsync" and request.match_colours:
@@ -293,6 +295,9 @@ def _read_sound(
     frames = request.frames or (frames_for(len(wave) / RATE) if video is None else _frames_of(video))
     if frames % 4 != 1 or frames < 5:
         raise UserError(f"frames must be 4k + 1 and at least 5, got {frames}")
+    if video is not None and frames < _frames_of(video):
+        made = f"{frames / FPS:.2f} s are made ({frames} frames)"
+        notes.append(f"video {video.path} lasts {video.seconds:.2f} s: only its first {made}")
     if video is not None and frames > _frames_of(video):
         raise UserError(f"video {video.path} lasts {video.seconds:.2f} s: {frames} frames are more than it has")
     notes += conditioning.audio_notes(preset, wave)

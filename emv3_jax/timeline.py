@@ -12,7 +12,9 @@ from emv3_jax.config import FPS
 from emv3_jax.errors import UserError
 
 _NUMBER = r"\d+(?:\.\d+)?"
-_TIMED = re.compile(rf"\s*{_NUMBER}\s*s?\s*-")  # what a prompt over time begins with
+_TIME = rf"\s*{_NUMBER}\s*(?:s(?:ec(?:ond)?s?)?)?\s*"  # as people write it
+_NEARLY = re.compile(rf"{_TIME}[-\u2013\u2014](?:{_TIME}|\s*end\s*):")  # a dash of any length
+_WITHOUT_COLON = re.compile(rf"{_TIME}[-\u2013\u2014]\s*{_NUMBER}\s*s\b")
 _SPAN = re.compile(rf"\s*({_NUMBER})\s*s?\s*-\s*({_NUMBER})\s*s\s*:\s*")
 EXAMPLE = '"0-4s: A puppet nods; 4-9s: A puppet waves."'
 
@@ -29,12 +31,16 @@ class Span:
 def parse(prompt: str) -> tuple[Span, ...]:
     """A prompt, or several with their times, in order and without gaps.
 
+    Times are meant where a part (parts end with a semicolon) begins with a span and a colon, such as "0-4s:" or "0-4:",
+    or where all of several parts begin with a span in s, as in "0-4s A puppet nods; 4-9s A puppet waves". Then every
+    part must be written as in EXAMPLE. Anything else is one prompt: "2-3 people talk.", "1920s-style host; 3-4 times."
+
     Raises:
       UserError: the prompt is empty, or its times cannot be read; says at which character.
     """
     if not prompt.strip():
         raise UserError('the prompt is empty: say what is to be seen, e.g. "A puppet nods and smiles."')
-    if not _TIMED.match(prompt):
+    if not _is_timed(prompt.split(";")):
         return (Span(0.0, np.inf, prompt.strip()),)
     spans: list[Span] = []
     at = 0
@@ -43,6 +49,13 @@ def parse(prompt: str) -> tuple[Span, ...]:
             spans.append(_span(part, at, spans[-1].end if spans else 0.0))
         at += len(part) + 1
     return tuple(spans)
+
+
+def _is_timed(parts: list[str]) -> bool:
+    said = [part for part in parts if part.strip()]
+    return any(_NEARLY.match(part) for part in said) or (
+        len(said) > 1 and all(_WITHOUT_COLON.match(part) for part in said)
+    )
 
 
 def _span(part: str, at: int, expected: float) -> Span:

@@ -9,7 +9,7 @@ import soundfile
 from PIL import Image
 
 import sample
-from emv3_jax import checkpoint, command_line, config, manifest
+from emv3_jax import checkpoint, command_line, config, jobs, manifest
 from emv3_jax.errors import UserError
 
 CONFIG = pathlib.Path(__file__).parents[1] / "configs" / "demo.py"
@@ -43,32 +43,131 @@ def test_rows_are_made_skipped_and_reported(files, capsys):
         {**good, "out": "f.avi"},
         {key: value for key, value in good.items() if key != "out"},
         {**good, "out": "g.mp4", "prompt": ""},
+        {**good, "out": "h.mp4", "image": "nul\0.png"},
+        {**good, "out": "i.mp4", "steps": True},
+        {**good, "out": "j.mp4", "fps": 20},
+        {**good, "out": "a.mp4", "seed": 3},
     ]
-    (files / "jobs.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
+    (files / "jobs.jsonl").write_text("{out\n" + "\n".join(json.dumps(row) for row in rows) + "\n\n")
     assert run("jobs.jsonl") == 1
     captured = capsys.readouterr()
-    assert "8 rows: 2 made, 0 were finished, 6 failed (rows 3, 4, 5, 6, 7, 8)" in captured.out
+    summary = "13 rows: 2 made, 0 were finished, 11 failed (lines 1, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13)"
+    assert summary in captured.out
     errors = captured.err
     for line in (
-        "row 3 of 8: image none.png does not exist",
-        "row 4 of 8: there is no column or sampling option 'stepz': did you mean steps?",
-        "row 5 of 8: steps must be a whole number, got 1.5",
-        "row 6 of 8: output f.avi must end in .mp4",
-        "row 7 of 8: the row has no out",
-        "row 8 of 8: the prompt is empty",
+        "row 1 of 13 (line 1): the row is not JSON: Expecting property name",
+        "row 4 of 13 (line 4): image none.png does not exist",
+        "row 5 of 13 (line 5): there is no column or sampling option 'stepz': did you mean steps?",
+        "row 6 of 13 (line 6): steps must be a whole number, got 1.5",
+        "row 7 of 13 (line 7): output f.avi must end in .mp4",
+        "row 8 of 13 (line 8): the row has no out",
+        "row 9 of 13 (line 9): the prompt is empty",
+        "row 10 of 13 (line 10): ValueError: ",
+        "row 11 of 13 (line 11): steps must be a whole number, got True",
+        "row 12 of 13 (line 12): the task i2v takes no fps",
+        "row 13 of 13 (line 13): output a.mp4 is also an output of line 2: choose another name",
     ):
         assert line in errors, errors
     assert sorted(path.name for path in files.glob("?.*")) == ["a.json", "a.mp4", "b.json", "b.mp4"]
     assert json.loads((files / "b.json").read_text())["sampling"]["steps"] == 2
 
-    (files / "jobs.jsonl").write_text("\n".join(json.dumps(row) for row in [good, {**good, "seed": 4}]))
+    (files / "jobs.jsonl").write_text("\n".join(json.dumps(row) for row in [rows[1], {**good, "seed": 4}]))
     assert run("jobs.jsonl") == 0  # the first is finished, the second has another seed
     assert "2 rows: 1 made, 1 were finished, 0 failed" in capsys.readouterr().out
 
-    (files / "jobs.jsonl").write_text("\n".join(json.dumps(row) for row in [good, {**good, "match_colours": True}]))
+    (files / "jobs.jsonl").write_text(json.dumps({**good, "match_colours": True}))
     assert run("jobs.jsonl") == 0
-    assert "2 rows: 2 made, 0 were finished, 0 failed" in capsys.readouterr().out
+    assert "1 rows: 1 made, 0 were finished, 0 failed" in capsys.readouterr().out
     assert json.loads((files / "a.json").read_text())["job"]["match_colours"] is True
+
+    assert run("jobs.jsonl") == 0
+    assert "1 rows: 0 made, 1 were finished, 0 failed" in capsys.readouterr().out
+    Image.fromarray(np.full((64, 64, 3), 9, np.uint8)).save(files / "good.png")
+    assert run("jobs.jsonl") == 0  # another picture under the same name
+    assert "1 rows: 1 made, 0 were finished, 0 failed" in capsys.readouterr().out
+
+
+class Broken:
+    """Stands for a `jobs.Renderer` whose first row fails as nobody thought of."""
+
+    def __init__(self):
+        self.rendered: list[str] = []
+
+    def finished(self, job):
+        return False
+
+    def read(self, job):
+        if job.out == "a.mp4":
+            raise MemoryError("out of memory\nallocating\n")
+        return job, None
+
+    def render(self, job, ready, options):
+        self.rendered.append(job.out)
+
+
+def test_whatever_a_row_raises_the_others_are_made(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    renderer = Broken()
+    rows = [manifest.Row(n, {"out": out}) for n, out in enumerate(("a.mp4", "b.mp4"), 1)]
+    assert jobs.render_all(renderer, rows, resume=False) == 1
+    captured = capsys.readouterr()
+    assert captured.err == "row 1 of 2 (line 1): MemoryError: out of memory\n" and renderer.rendered == ["b.mp4"]
+    assert "2 rows: 1 made, 0 were finished, 1 failed (lines 1)" in captured.out
+
+
+def test_rows_that_do_not_parse_are_among_the_others(tmp_path):
+    path = tmp_path / "jobs.csv"
+    path.write_text(
+        'out,prompt\na.mp4,"A puppet\nnods"\n\nb.mp4,"never closed\nc.mp4,x,y\nd.mp4\ne.mp4,"a" b\nf.mp4,z\n'
+    )
+    rows = [(row.line, row.values.get("out"), row.problem.partition(":")[0]) for row in manifest.read_rows(path)]
+    assert rows == [
+        (2, "a.mp4", ""),
+        (5, None, "is not CSV"),
+        (6, None, "has more cells than the first line has names"),
+        (7, "d.mp4", ""),
+        (8, None, "is not CSV"),
+        (9, "f.mp4", ""),
+    ]
+    assert manifest.read_rows(path)[0].values["prompt"] == "A puppet\nnods"
+
+
+def test_separators_of_unicode_do_not_end_a_line_of_json(tmp_path):
+    path = tmp_path / "jobs.jsonl"
+    text = "A puppet\u2028nods\x85"
+    path.write_text('{"prompt": "' + text + '"}\r\n{"out": "b.mp4"}\n', encoding="utf-8")
+    assert manifest.read(path) == [{"prompt": text}, {"out": "b.mp4"}]
+
+
+FILM_ROW = {"out": "new.mp4", "task": "lipsync", "video": "film.mp4", "mouth": "0,9,0,9"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{**FILM_ROW, "out": "film.mp4"}], "output film.mp4 is also the video that is given"),
+        ([{**FILM_ROW, "out": "sub/../link.mp4"}], "output sub/../link.mp4 is also the video that is given"),
+        ([{"out": "a.mp4", "sheet": "x.png", "image": "x.png"}], "output x.png is also the image that is given"),
+        ([{"out": "a.mp4"}, {"out": "./a.mp4"}], "output a.mp4 is also an output of line 1"),
+        ([{"out": "a.mp4"}, {"out": "a.MP4"}], "output a.json is also an output of line 1"),
+        ([FILM_ROW, {"out": "film.mp4"}], "output film.mp4 is also the video of line 1"),
+        ([{"out": "mine.mp4"}], "mine.json, where the record of mine.mp4 would stand, is another file"),
+        ([{"out": "folder.mp4"}], "output folder.json is a directory"),
+    ],
+)
+def test_outputs_that_would_be_a_loss(tmp_path, monkeypatch, rows, message):
+    monkeypatch.chdir(tmp_path)
+    for name in ("film.mp4", "x.png"):
+        (tmp_path / name).write_text("something")
+    (tmp_path / "link.mp4").symlink_to("film.mp4")
+    (tmp_path / "mine.json").write_text('{"program": "mine"}')
+    (tmp_path / "made.json").write_text('{"program": "emv3_jax 0.1.0"}')
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "folder.json").mkdir()
+    rows = [*rows, {"out": "made.mp4"}]
+    *_, refused, good = manifest.plan([manifest.Row(n, row) for n, row in enumerate(rows, 1)])
+    assert isinstance(refused, UserError) and message in str(refused)
+    assert isinstance(good, manifest.Job)  # a record of ours is replaced
 
 
 def test_a_csv_has_the_same_columns(tmp_path):
@@ -87,7 +186,8 @@ def test_a_csv_has_the_same_columns(tmp_path):
         ("a.csv", "out\n", "holds no rows"),
         ("a.jsonl", '{"out": "a.mp4"}\n{out}', "line 2 is not JSON"),
         ("a.jsonl", "[1]", "line 1 must be an object"),
-        ("a.csv", "out\na.mp4,b\n", "row 1 has more cells"),
+        ("a.csv", "out\na.mp4,b\n", "line 2 has more cells"),
+        ("a.csv", 'out,"x\na.mp4\n', "the line with the names is not CSV"),
     ],
 )
 def test_manifests_that_cannot_be_read(tmp_path, name, text, message):
@@ -110,6 +210,9 @@ def test_options_of_one_video_do_not_go_with_a_manifest(files, capsys):
         ({"out": "a.mp4", "seed": "x"}, "--seed must be between 0 and 4294967295, got x"),
         ({"out": "a.mp4", "seed": True}, "--seed must be between"),
         ({"out": "a.mp4", "frames": -1}, "--frames must be between"),
+        ({"out": "a.mp4", "fps": "fast"}, "fps must be a number, got 'fast'"),
+        ({"out": "a.mp4", "fps": True}, "fps must be a number, got True"),
+        ({"out": "a.mp4", "face": True}, "--face must be four numbers"),
         ({"out": "a.mp4", "match_colours": 1}, "match_colours must be true or false, got 1"),
         ({"out": "a.mp4", "face": [1, 2, 3]}, "--face must be four numbers"),
         ({"out": "a.mp4", "mouth": "1,2,3"}, "--mouth must be four numbers"),

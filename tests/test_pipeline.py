@@ -36,7 +36,8 @@ def frames(tiny_pipeline) -> np.ndarray:
     return tiny_pipeline.generate(request(), GUIDED).frames
 
 
-def test_frames_come_as_they_are_decoded(tiny_pipeline, tiny):
+def test_frames_come_as_they_are_decoded(tiny_pipeline, tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline.tempfile, "tempdir", str(tmp_path))
     steps = []
     ready = read_request(request(frames=9), tiny)
     pieces = list(tiny_pipeline.stream(ready, GUIDED, on_step=lambda done, total: steps.append((done, total))))
@@ -44,6 +45,7 @@ def test_frames_come_as_they_are_decoded(tiny_pipeline, tiny):
     assert all(piece.dtype == np.uint8 for piece in pieces)
     assert np.concatenate(pieces).std() > 10
     assert steps == [(1, 2), (2, 2)]
+    assert not any(tmp_path.iterdir())  # a folder that nobody named is removed
 
 
 def test_the_same_request_gives_the_same_video(tiny_pipeline, frames):

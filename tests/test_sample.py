@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import av
 import numpy as np
 import pytest
 import soundfile
@@ -40,6 +41,7 @@ def files(tmp_path) -> pathlib.Path:
     (tmp_path / "empty.png").write_bytes(b"")
     (tmp_path / "cut.png").write_bytes((tmp_path / "good.png").read_bytes()[:60])
     (tmp_path / "text.wav").write_text("these are words, not sound")
+    (tmp_path / "mine.json").write_text("[]")
     (tmp_path / "folder.png").mkdir()
     return tmp_path
 
@@ -76,6 +78,12 @@ BAD = {
     "unknown task": (["--task=dance"], "there is no task 'dance': one of i2v, t2v, flf2v, lipsync"),
     "no last image": (["--task=flf2v"], "the task flf2v needs last image"),
     "a last image of i2v": (["--last-image=good.png"], "the task i2v takes no last image"),
+    "fps of i2v": (["--config.fps=30"], "the task i2v takes no fps: its videos have 25 frames a second"),
+    "the image as sheet": (
+        ["--sheet=good.png"],
+        "output good.png is also the image that is given: choose",
+    ),
+    "another file as record": (["--out=mine.mp4"], "mine.json, where the record of mine.mp4 would stand, is another"),
     "missing video": (["--task=lipsync", "--video=none.mp4"], "video none.mp4 does not exist"),
     "mouth of words": (["--mouth=wide"], "--mouth must be four numbers y1,y2,x1,x2 in pixels, got 'wide'"),
     "times of a prompt": (["--prompt=0-2s: a puppet nods; 3-4s: waves"], "prompt, character 22: this part must start"),
@@ -131,6 +139,12 @@ def test_what_is_not_given_is_the_demos_own():
     matching = command_line.load_config(DEMO_CONFIG, {"match_colours": "true"})
     assert jobs.request_of(manifest.Job("a.mp4"), matching).match_colours
     assert not jobs.request_of(manifest.Job("a.mp4", match_colours=False), matching).match_colours
+    found = command_line.load_config(DEMO_CONFIG, {"face": "largest", "fps": "30"})
+    assert jobs.request_of(manifest.Job("a.mp4"), found).face == "largest"
+    assert jobs.request_of(manifest.Job("a.mp4", task="t2v"), found).face is None  # the config's is for pictures
+    with pytest.raises(UserError, match="the task t2v takes no face box"):
+        pipeline.read_request(jobs.request_of(manifest.Job("a.mp4", task="t2v", face=2), cfg), config.DEMO)
+    assert [jobs.request_of(manifest.Job("a.mp4", fps=fps), found).fps for fps in (None, 20, 0)] == [30, 20, None]
     with pytest.raises(UserError, match="config key puppet must be 0 or more, got -1"):
         demo.portrait(-1, 64)
 
@@ -146,7 +160,7 @@ def tiny_words(files, tiny, tiny_pipeline, monkeypatch) -> list[str]:
 
 
 @pytest.mark.usefixtures("quick_compile")
-def test_a_video_and_a_sheet_are_made(tiny_words, files, capsys):
+def test_a_video_and_a_sheet_are_made(tiny_words, files, monkeypatch, capsys):
     assert command_line.run_main(sample.main, tiny_words) == 0
     captured = capsys.readouterr()
     assert "note: image 64x64 is scaled to 32x32" in captured.out
@@ -154,6 +168,9 @@ def test_a_video_and_a_sheet_are_made(tiny_words, files, capsys):
     assert "sampling" in captured.out and "peak memory process" in captured.out
     record = json.loads((files / "talk.json").read_text())
     assert record["job"]["prompt"] == "A puppet nods." and set(record["weights"]) == {"dit", "text", "image", "vae"}
+    with av.open(str(files / "talk.mp4")) as container:
+        comment = json.loads(container.metadata["comment"])
+    assert comment == {name: record[name] for name in record if name not in ("seconds", "peak_memory_gb")}
     assert not (files / "talk.mp4.render").exists()
     frames, fps, wave = media.read_video(files / "talk.mp4")
     assert frames.shape == (5, 64, 64, 3) and fps == 25 and wave is not None
@@ -161,36 +178,62 @@ def test_a_video_and_a_sheet_are_made(tiny_words, files, capsys):
     assert record["config"]["match_colours"] is False
     plain = frames
 
+    def sheet(*arguments):
+        assert (files / "talk.mp4").exists() and not (files / "talk.json").exists()  # never the old one beside the new
+        return contact_sheet(*arguments)
+
+    contact_sheet = media.contact_sheet
+    monkeypatch.setattr(media, "contact_sheet", sheet)
     assert command_line.run_main(sample.main, [*tiny_words, "--config.match_colours=true"]) == 0
     assert json.loads((files / "talk.json").read_text())["config"]["match_colours"] is True
     frames, _, _ = media.read_video(files / "talk.mp4")
     assert np.abs(frames[1:].astype(int) - plain[1:]).max() > 10
 
 
-@pytest.mark.usefixtures("quick_compile")
-@pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt(), 130), (UserError("the disk is full"), 2)])
-def test_what_breaks_off_leaves_nothing(tiny_words, files, monkeypatch, capsys, error, status):
-    before = sorted(files.rglob("*"))
-    writes, write = [], media.VideoWriter.write
+class Breaks(media.VideoWriter):
+    """A video that breaks off at its second piece, or when it is to be closed."""
 
-    def break_off(self, frames):
-        writes.append(len(frames))
-        if len(writes) == 2:
+    at, error = "write", BaseException()
+
+    def write(self, frames):
+        if self.at == "write" and self.count:
+            raise self.error
+        super().write(frames)
+
+    def __exit__(self, kind, error, trace):
+        error = error or (self.error if self.at == "close" else None)
+        super().__exit__(error and type(error), error, trace)
+        if error:
             raise error
 
-    monkeypatch.setattr(media.VideoWriter, "write", break_off)
+
+@pytest.mark.usefixtures("quick_compile")
+@pytest.mark.parametrize(
+    ("at", "error", "status"), [("write", KeyboardInterrupt(), 130), ("close", UserError("the disk is full"), 2)]
+)
+def test_what_breaks_off_leaves_nothing(tiny_words, files, monkeypatch, capsys, at, error, status):
+    before, whole = sorted(files.rglob("*")), media.VideoWriter
+    monkeypatch.setattr(Breaks, "at", at)
+    monkeypatch.setattr(Breaks, "error", error)
+    monkeypatch.setattr(media, "VideoWriter", Breaks)
     assert command_line.run_main(sample.main, tiny_words) == status
     # The latents of the finished step stay, for --resume; of the video nothing does.
     kept = files / "talk.mp4.render"
-    assert (
-        writes == [1, 4] and [path for path in sorted(files.rglob("*")) if kept not in (path, *path.parents)] == before
-    )
+    assert [path for path in sorted(files.rglob("*")) if kept not in (path, *path.parents)] == before
     assert "the finished steps are kept in talk.mp4.render" in capsys.readouterr().err
-    monkeypatch.setattr(media.VideoWriter, "write", write)
+    monkeypatch.setattr(media, "VideoWriter", whole)
     assert command_line.run_main(sample.main, tiny_words) == 2
     assert "holds an unfinished render of talk.mp4: add --resume to go on, or remove it" in capsys.readouterr().err
+    if at == "write":
+        progress = kept / "chunk_0" / "progress.json"
+        content = progress.read_text()
+        progress.write_text(content[:20])
+        assert command_line.run_main(sample.main, [*tiny_words, "--resume"]) == 2
+        err = capsys.readouterr().err
+        assert err.startswith(f"error: {progress.relative_to(files)} is damaged: remove the folder") and kept.is_dir()
+        progress.write_text(content)
     assert command_line.run_main(sample.main, [*tiny_words, "--resume"]) == 0
-    assert (files / "talk.mp4").exists() and not kept.exists()
+    assert (files / "talk.mp4").exists() and (files / "talk.json").exists() and not kept.exists()
 
 
 def test_output_in_a_folder_that_cannot_be_written(files, monkeypatch, capsys):

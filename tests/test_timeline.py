@@ -13,6 +13,21 @@ def test_one_prompt_counts_throughout():
     np.testing.assert_array_equal(timeline.shares((span,), 4), np.ones((1, 4)))
 
 
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "2-3 people talk.",
+        "1920s-style host talks",
+        "3-year-old child: it smiles",
+        "1920-1930s host; it nods",
+        "A host; 2-3 people: all nod",
+        "0-60s timer runs",
+    ],
+)
+def test_numbers_at_the_beginning_are_not_always_times(prompt):
+    assert timeline.parse(prompt) == (timeline.Span(0.0, np.inf, prompt),)
+
+
 def test_prompts_follow_each_other():
     spans = timeline.parse("0-2s: A puppet nods.;2s - 4.5s:A puppet waves: fast. ;")
     assert [(s.start, s.end, s.text) for s in spans] == [(0, 2, "A puppet nods."), (2, 4.5, "A puppet waves: fast.")]
@@ -29,6 +44,11 @@ def test_prompts_follow_each_other():
         ("0-0s: nods", "prompt, character 1: 0-0s ends before it starts"),
         ("0-2s: nods; 2-1s: waves", "prompt, character 13: 2-1s ends before it starts"),
         ("0-2s: ; 2-3s: waves", "prompt, character 1: nothing is said of 0-2s"),
+        ("A puppet nods; 3-4: waves", "prompt, character 1: times are written like"),
+        ("0-2 sec: nods", "prompt, character 1: times are written like"),
+        ("0\u20132s: nods", "prompt, character 1: times are written like"),
+        ("0-2s: nods; 2s-end: waves", "prompt, character 13: times are written like"),
+        ("0-2s nods; 2-4s waves", "prompt, character 1: times are written like"),
     ],
 )
 def test_mistakes_name_their_place(prompt, message):
