@@ -354,9 +354,9 @@ def _in_groups(frames: Iterator[np.ndarray], size: int) -> Iterator[np.ndarray]:
 
 
 def _whole_pixels(box: Box) -> tuple[int, int, int, int]:
-    """The pixels that a box touches."""
+    """The pixels that a box touches, but for what rounding has added to its sides."""
     y1, y2, x1, x2 = box
-    return int(y1), int(np.ceil(y2)), int(x1), int(np.ceil(x2))
+    return int(y1 + 1e-6), int(np.ceil(y2 - 1e-6)), int(x1 + 1e-6), int(np.ceil(x2 - 1e-6))
 
 
 def _blend(a: np.ndarray, b: np.ndarray, weight: Any) -> np.ndarray:

@@ -123,18 +123,16 @@ def _rounded_size(proportion: float, area: int, step: int) -> tuple[int, int]:
 def fit_box(
     box: Box, height: int, width: int, to_height: int, to_width: int, fit: str = "crop", what: str = "face box"
 ) -> Box:
-    """A box (y1, y2, x1, x2) of a height x width image, after `media.fit_image` to another size.
+    """A box (y1, y2, x1, x2), y2 and x2 not included, of a height x width image, after `media.fit_image` to another
+    size; of a box that is cut, the part that is seen.
 
     Raises:
       UserError: the box is empty, or lies outside the image or in what is cut off.
     """
     y1, y2, x1, x2 = _checked_box(box, height, width, what)
-    down, across = to_height / height, to_width / width
-    if fit == "crop":
-        down = across = max(down, across)
-    top, left = (height * down - to_height) / 2, (width * across - to_width) / 2
-    y1, y2 = (float(np.clip(y * down - top, 0, to_height - 1)) for y in (y1, y2))
-    x1, x2 = (float(np.clip(x * across - left, 0, to_width - 1)) for x in (x1, x2))
+    (down, top), (across, left) = _moves(height, width, to_height, to_width, fit)
+    y1, y2 = (float(np.clip(y * down - top, 0, to_height)) for y in (y1, y2))
+    x1, x2 = (float(np.clip(x * across - left, 0, to_width)) for x in (x1, x2))
     if y1 == y2 or x1 == x2:
         raise UserError(f"the {what} {box} lies in the part of the {height} x {width} image that is cut off")
     return y1, y2, x1, x2
@@ -148,6 +146,38 @@ def read_request(request: Request, preset: Preset, words: Any = None) -> Ready:
     Raises:
       UserError: an empty prompt, too many words, or a file that cannot be used.
     """
+def _moves(height: int, width: int, to_height: int, to_width: int, fit: str) -> tuple[tuple[float, float], ...]:
+    """Down and across: by how much `media.fit_image` scales, and how many pixels it then cuts off on either side."""
+    down, across = to_height / height, to_width / width
+    if fit == "crop":
+        down = across = max(down, across)
+    return (down, (height * down - to_height) / 2), (across, (width * across - to_width) / 2)
+
+
+def _fitted_mouth(
+    mouth: Box, size: tuple[int, int], to: tuple[int, int], fit: str
+) -> tuple[tuple[int, int, int, int], Box]:
+    """The mouth's box in whole pixels of a video of some height and width, and in those of the generated pictures.
+
+    Raises:
+      UserError: the box is empty, or not all of it is seen in the generated pictures.
+    """
+    y1, y2, x1, x2 = (round(side) for side in _checked_box(mouth, *size, "mouth box"))
+    box = y1, y2, x1, x2
+    fitted = fit_box(box, *size, *to, fit, "mouth box")
+    seen = [
+        side
+        for (scale, cut), length in zip(_moves(*size, *to, fit), to, strict=True)
+        for side in (math.ceil(cut / scale - 1e-6), math.floor((cut + length) / scale + 1e-6))
+    ]
+    if y1 < seen[0] or y2 > seen[1] or x1 < seen[2] or x2 > seen[3]:
+        raise UserError(
+            f"the mouth box {box} reaches into the part of the {size[0]} x {size[1]} video that is cut off: it must"
+            f" lie within {tuple(seen)} (y1, y2, x1, x2)"
+        )
+    return box, fitted
+
+
     notes: list[str] = []
     _check_task(request)
     spans = timeline.parse(request.prompt)
@@ -168,10 +198,7 @@ def read_request(request: Request, preset: Preset, words: Any = None) -> Ready:
     face = _fitted_face(request.face, whole, image.shape[:2], preset, notes)
     mouth = mouth_made = None
     if request.mouth is not None:
-        (height, width), made = whole.shape[:2], image.shape
-        y1, y2, x1, x2 = (round(side) for side in _checked_box(request.mouth, height, width, "mouth box"))
-        mouth = y1, y2, x1, x2
-        mouth_made = fit_box(mouth, height, width, made[0], made[1], preset.fit, "mouth box")
+        mouth, mouth_made = _fitted_mouth(request.mouth, whole.shape[:2], image.shape[:2], preset.fit)
     last = None
     if request.task == "flf2v":
         last = _fitted(_read_image(request.last_image, notes), image.shape[:2], preset, notes)

@@ -343,7 +343,8 @@ def test_released_mode_stretches_and_floors(tiny):
     np.testing.assert_allclose([y2, x2], [40 * 64 / 70, 40 * 32 / 47], rtol=1e-6)
     assert conditioning.face_tokens((0, 40, 0, 20), 64, 32, floored=True).reshape(4, 2).sum(0).tolist() == [2, 0]
     assert conditioning.face_tokens((0, 40, 0, 20), 64, 32).reshape(4, 2).sum(0).tolist() == [3, 3]
-    assert request.fit_box((0, 70, 0, 47), 70, 47, 64, 32, "stretch") == (0, 63, 0, 31)
+    assert request.fit_box((0, 70, 0, 47), 70, 47, 64, 32, "stretch") == (0, 64, 0, 32)
+    assert conditioning.face_tokens((0, 64, 0, 32), 64, 32, floored=True).all()  # the released program cuts nothing
 
 
 # Video files
