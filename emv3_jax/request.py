@@ -71,12 +71,20 @@ class Ready:
         return self.image.shape[0], self.image.shape[1]
 
     @property
+    def mouths(self) -> np.ndarray:
+        """Lip sync: the number of the generated picture whose mouth each frame of the result takes, int [F].
+
+        Frame n shows the video at n / fps; there are as many as both the video and the generated pictures last.
+        """
+        from emv3_jax import media
+
+        seconds = min(self.frames / FPS, self.video.seconds)
+        return media.shown_at(np.arange(self.frames) / FPS, 1 / FPS, seconds, self.fps)
+
+    @property
     def output(self) -> tuple[float, int]:
         """Frames a second of the video that comes out, and how many: lip sync keeps those of its own video."""
-        if self.video is None:
-            return FPS, self.frames
-        count = int(self.video.seconds * self.fps + 1e-6)
-        return self.fps, sum(round(n / self.fps * FPS) < self.frames for n in range(count))
+        return (FPS, self.frames) if self.video is None else (self.fps, len(self.mouths))
 
     @property
     def title(self) -> str:
@@ -138,14 +146,6 @@ def fit_box(
     return y1, y2, x1, x2
 
 
-def read_request(request: Request, preset: Preset, words: Any = None) -> Ready:
-    """Reads the files of a request and fits them to a preset; needs no model.
-
-    Args:
-      words: the tokenizer (`load_tokenizer`); default: the preset's own, where it has a vocabulary.
-    Raises:
-      UserError: an empty prompt, too many words, or a file that cannot be used.
-    """
 def _moves(height: int, width: int, to_height: int, to_width: int, fit: str) -> tuple[tuple[float, float], ...]:
     """Down and across: by how much `media.fit_image` scales, and how many pixels it then cuts off on either side."""
     down, across = to_height / height, to_width / width
@@ -178,6 +178,14 @@ def _fitted_mouth(
     return box, fitted
 
 
+def read_request(request: Request, preset: Preset, words: Any = None) -> Ready:
+    """Reads the files of a request and fits them to a preset; needs no model.
+
+    Args:
+      words: the tokenizer (`load_tokenizer`); default: the preset's own, where it has a vocabulary.
+    Raises:
+      UserError: an empty prompt, too many words, or a file that cannot be used.
+    """
     notes: list[str] = []
     _check_task(request)
     spans = timeline.parse(request.prompt)
@@ -266,7 +274,7 @@ def _read_video(request: Request) -> tuple[Any, np.ndarray, list[str]]:
 
     assert request.video is not None and request.mouth is not None
     video = media.VideoSource(request.video)
-    notes = []
+    notes = list(video.notes)
     if request.fps and request.fps != video.fps:
         notes.append(f"video {request.video} has {video.fps:g} frames a second, the result {request.fps:g}")
     if (request.fps or video.fps) != FPS:
@@ -306,11 +314,15 @@ def _read_sound(
     """The whole recording at 16 kHz and as it was given, and how many frames are made of it."""
     from emv3_jax import media
 
+    slack = 0  # samples
     if request.audio is None:
+        slack = round(0.01 * RATE)  # a film's own tracks do not end at the same moment
         track = video.track()
-        if track is None:
+        if track is None or not len(track[0]):
             raise UserError(f"video {video.path} has no sound: say what is to be spoken with a recording")
-        wave, more = media.check_wave(media.resample(track[0].mean(axis=1), track[1], RATE))
+        wave, heard, more = media.mixed(track[0])
+        wave, track = media.resample(wave, track[1], RATE), (heard, track[1])
+        more = [f"the sound of video {video.path} {note}" for note in more]
     elif isinstance(request.audio, str | os.PathLike):
         wave, more, track = media.load_recording(request.audio, RATE)
     else:
@@ -323,13 +335,14 @@ def _read_sound(
     if video is not None and frames > _frames_of(video):
         raise UserError(f"video {video.path} lasts {video.seconds:.2f} s: {frames} frames are more than it has")
     notes += conditioning.audio_notes(preset, wave)
-    spare = len(wave) - round(frames / FPS * RATE)
-    if spare > 0:
-        notes.append(
-            f"the sound lasts {len(wave) / RATE:.2f} s; the video ends after {frames / FPS:.2f} s ({frames} frames)"
-        )
-    elif spare < 0:
-        notes.append(f"the sound lasts {len(wave) / RATE:.2f} s; silence was added up to {frames / FPS:.2f} s")
+    # What comes out ends with the video, though the last generated pictures may lie past its end.
+    seconds = frames / FPS if video is None else min(frames / FPS, video.seconds)
+    spare = len(wave) - round(seconds * RATE)
+    count = f" ({frames} frames)" if video is None else ""
+    if spare > slack:
+        notes.append(f"the sound lasts {len(wave) / RATE:.2f} s; the video ends after {seconds:.2f} s{count}")
+    elif spare < -slack:
+        notes.append(f"the sound lasts {len(wave) / RATE:.2f} s; silence was added up to {seconds:.2f} s")
     return wave, track, frames
 
 
