@@ -269,11 +269,8 @@ class Run:
 
     def _video_frames(self) -> Iterator[np.ndarray]:
         """As many frames of the given video as are made, 25 a second, at the model's size; the last is repeated."""
-        frame = None
-        count = 0
-        for frame in self.ready.video.frames_at(FPS):
-            if count == self.ready.frames:
-                return
+        frame, count = None, 0
+        for frame in self.ready.video.frames_at(FPS, 0, self.ready.frames):
             frame = media.fit_image(frame, *self.ready.size, self.pipe.preset.fit)[0]
             yield frame
             count += 1
@@ -292,10 +289,8 @@ class Run:
         weight = _feathered(y2 - y1, x2 - x1)[..., None]
         made = (frame for piece in generated for frame in piece)
         number, picture = -1, None
-        for n, frame in enumerate(video.frames_at(ready.fps)):
-            wanted = round(n / ready.fps * FPS)
-            if wanted >= ready.frames:
-                break
+        mouths = ready.mouths
+        for wanted, frame in zip(mouths, video.frames_at(ready.fps, 0, len(mouths)), strict=True):
             while number < wanted:
                 picture, number = next(made), number + 1
             mouth = media.cut_and_scale(picture, ready.mouth_made, y2 - y1, x2 - x1)
@@ -352,9 +347,9 @@ def _in_groups(frames: Iterator[np.ndarray], size: int) -> Iterator[np.ndarray]:
 
 
 def _whole_pixels(box: Box) -> tuple[int, int, int, int]:
-    """The pixels that a box touches."""
+    """The pixels that a box touches, but for what rounding has added to its sides."""
     y1, y2, x1, x2 = box
-    return int(y1), int(np.ceil(y2)), int(x1), int(np.ceil(x2))
+    return int(y1 + 1e-6), int(np.ceil(y2 - 1e-6)), int(x1 + 1e-6), int(np.ceil(x2 - 1e-6))
 
 
 def _blend(a: np.ndarray, b: np.ndarray, weight: Any) -> np.ndarray:

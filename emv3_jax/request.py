@@ -71,12 +71,20 @@ class Ready:
         return self.image.shape[0], self.image.shape[1]
 
     @property
+    def mouths(self) -> np.ndarray:
+        """Lip sync: the number of the generated picture whose mouth each frame of the result takes, int [F].
+
+        Frame n shows the video at n / fps; there are as many as both the video and the generated pictures last.
+        """
+        from emv3_jax import media
+
+        seconds = min(self.frames / FPS, self.video.seconds)
+        return media.shown_at(np.arange(self.frames) / FPS, 1 / FPS, seconds, self.fps)
+
+    @property
     def output(self) -> tuple[float, int]:
         """Frames a second of the video that comes out, and how many: lip sync keeps those of its own video."""
-        if self.video is None:
-            return FPS, self.frames
-        count = int(self.video.seconds * self.fps + 1e-6)
-        return self.fps, sum(round(n / self.fps * FPS) < self.frames for n in range(count))
+        return (FPS, self.frames) if self.video is None else (self.fps, len(self.mouths))
 
     @property
     def title(self) -> str:
@@ -123,21 +131,51 @@ def _rounded_size(proportion: float, area: int, step: int) -> tuple[int, int]:
 def fit_box(
     box: Box, height: int, width: int, to_height: int, to_width: int, fit: str = "crop", what: str = "face box"
 ) -> Box:
-    """A box (y1, y2, x1, x2) of a height x width image, after `media.fit_image` to another size.
+    """A box (y1, y2, x1, x2), y2 and x2 not included, of a height x width image, after `media.fit_image` to another
+    size; of a box that is cut, the part that is seen.
 
     Raises:
       UserError: the box is empty, or lies outside the image or in what is cut off.
     """
     y1, y2, x1, x2 = _checked_box(box, height, width, what)
-    down, across = to_height / height, to_width / width
-    if fit == "crop":
-        down = across = max(down, across)
-    top, left = (height * down - to_height) / 2, (width * across - to_width) / 2
-    y1, y2 = (float(np.clip(y * down - top, 0, to_height - 1)) for y in (y1, y2))
-    x1, x2 = (float(np.clip(x * across - left, 0, to_width - 1)) for x in (x1, x2))
+    (down, top), (across, left) = _moves(height, width, to_height, to_width, fit)
+    y1, y2 = (float(np.clip(y * down - top, 0, to_height)) for y in (y1, y2))
+    x1, x2 = (float(np.clip(x * across - left, 0, to_width)) for x in (x1, x2))
     if y1 == y2 or x1 == x2:
         raise UserError(f"the {what} {box} lies in the part of the {height} x {width} image that is cut off")
     return y1, y2, x1, x2
+
+
+def _moves(height: int, width: int, to_height: int, to_width: int, fit: str) -> tuple[tuple[float, float], ...]:
+    """Down and across: by how much `media.fit_image` scales, and how many pixels it then cuts off on either side."""
+    down, across = to_height / height, to_width / width
+    if fit == "crop":
+        down = across = max(down, across)
+    return (down, (height * down - to_height) / 2), (across, (width * across - to_width) / 2)
+
+
+def _fitted_mouth(
+    mouth: Box, size: tuple[int, int], to: tuple[int, int], fit: str
+) -> tuple[tuple[int, int, int, int], Box]:
+    """The mouth's box in whole pixels of a video of some height and width, and in those of the generated pictures.
+
+    Raises:
+      UserError: the box is empty, or not all of it is seen in the generated pictures.
+    """
+    y1, y2, x1, x2 = (round(side) for side in _checked_box(mouth, *size, "mouth box"))
+    box = y1, y2, x1, x2
+    fitted = fit_box(box, *size, *to, fit, "mouth box")
+    seen = [
+        side
+        for (scale, cut), length in zip(_moves(*size, *to, fit), to, strict=True)
+        for side in (math.ceil(cut / scale - 1e-6), math.floor((cut + length) / scale + 1e-6))
+    ]
+    if y1 < seen[0] or y2 > seen[1] or x1 < seen[2] or x2 > seen[3]:
+        raise UserError(
+            f"the mouth box {box} reaches into the part of the {size[0]} x {size[1]} video that is cut off: it must"
+            f" lie within {tuple(seen)} (y1, y2, x1, x2)"
+        )
+    return box, fitted
 
 
 def read_request(request: Request, preset: Preset, words: Any = None) -> Ready:
@@ -168,10 +206,7 @@ def read_request(request: Request, preset: Preset, words: Any = None) -> Ready:
     face = _fitted_face(request.face, whole, image.shape[:2], preset, notes)
     mouth = mouth_made = None
     if request.mouth is not None:
-        (height, width), made = whole.shape[:2], image.shape
-        y1, y2, x1, x2 = (round(side) for side in _checked_box(request.mouth, height, width, "mouth box"))
-        mouth = y1, y2, x1, x2
-        mouth_made = fit_box(mouth, height, width, made[0], made[1], preset.fit, "mouth box")
+        mouth, mouth_made = _fitted_mouth(request.mouth, whole.shape[:2], image.shape[:2], preset.fit)
     last = None
     if request.task == "flf2v":
         last = _fitted(_read_image(request.last_image, notes), image.shape[:2], preset, notes)
@@ -241,7 +276,7 @@ def _read_video(request: Request) -> tuple[Any, np.ndarray, list[str]]:
 
     assert request.video is not None and request.mouth is not None
     video = media.VideoSource(request.video)
-    notes = []
+    notes = list(video.notes)
     if request.fps and request.fps != video.fps:
         notes.append(f"video {request.video} has {video.fps:g} frames a second, the result {request.fps:g}")
     if (request.fps or video.fps) != FPS:
@@ -281,11 +316,15 @@ def _read_sound(
     """The whole recording at 16 kHz and as it was given, and how many frames are made of it."""
     from emv3_jax import media
 
+    slack = 0  # samples
     if request.audio is None:
+        slack = round(0.01 * RATE)  # a film's own tracks do not end at the same moment
         track = video.track()
-        if track is None:
+        if track is None or not len(track[0]):
             raise UserError(f"video {video.path} has no sound: say what is to be spoken with a recording")
-        wave, more = media.check_wave(media.resample(track[0].mean(axis=1), track[1], RATE))
+        wave, heard, more = media.mixed(track[0])
+        wave, track = media.resample(wave, track[1], RATE), (heard, track[1])
+        more = [f"the sound of video {video.path} {note}" for note in more]
     elif isinstance(request.audio, str | os.PathLike):
         wave, more, track = media.load_recording(request.audio, RATE)
     else:
@@ -301,13 +340,14 @@ def _read_sound(
     if video is not None and frames > _frames_of(video):
         raise UserError(f"video {video.path} lasts {video.seconds:.2f} s: {frames} frames are more than it has")
     notes += conditioning.audio_notes(preset, wave)
-    spare = len(wave) - round(frames / FPS * RATE)
-    if spare > 0:
-        notes.append(
-            f"the sound lasts {len(wave) / RATE:.2f} s; the video ends after {frames / FPS:.2f} s ({frames} frames)"
-        )
-    elif spare < 0:
-        notes.append(f"the sound lasts {len(wave) / RATE:.2f} s; silence was added up to {frames / FPS:.2f} s")
+    # What comes out ends with the video, though the last generated pictures may lie past its end.
+    seconds = frames / FPS if video is None else min(frames / FPS, video.seconds)
+    spare = len(wave) - round(seconds * RATE)
+    count = f" ({frames} frames)" if video is None else ""
+    if spare > slack:
+        notes.append(f"the sound lasts {len(wave) / RATE:.2f} s; the video ends after {seconds:.2f} s{count}")
+    elif spare < -slack:
+        notes.append(f"the sound lasts {len(wave) / RATE:.2f} s; silence was added up to {seconds:.2f} s")
     return wave, track, frames
 
 

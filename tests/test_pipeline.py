@@ -213,7 +213,7 @@ def test_a_face_box_follows_its_image():
     fit = pipeline.fit_box
     assert fit((10, 20, 30, 40), 64, 64, 64, 64) == (10, 20, 30, 40)
     assert fit((10, 20, 30, 40), 128, 128, 64, 64) == (5, 10, 15, 20)
-    assert fit((0, 100, 50, 150), 100, 200, 50, 50) == (0, 49, 0, 49)  # the sides are cut off, and the last pixel is 49
+    assert fit((0, 100, 50, 150), 100, 200, 50, 50) == (0, 50, 0, 50)  # the sides are cut off; ends are not included
     with pytest.raises(UserError, match="lies in the part of the 100 x 200 image that is cut off"):
         fit((0, 100, 0, 50), 100, 200, 50, 50)
 

@@ -13,7 +13,7 @@ from emv3_jax import conditioning, config, contexts, media, render, request, ste
 from emv3_jax.diffusion import long_video
 from emv3_jax.diffusion.guidance import CHAIN
 from emv3_jax.errors import UserError
-from emv3_jax.pipeline import RATE, Pipeline, Request, SamplingOptions, read_request
+from emv3_jax.pipeline import RATE, Pipeline, Ready, Request, SamplingOptions, read_request
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -243,6 +243,75 @@ def test_a_mouth_that_cannot_be_is_told_before_any_work(tiny, filmed, mouth, mes
         read_request(Request(video=filmed, mouth=mouth, prompt=PROMPT, task="lipsync"), tiny)
 
 
+def test_a_mouth_that_is_not_all_seen_is_told(tiny, filmed):
+    """A model of narrow pictures sees the middle half of a square video."""
+    narrow = dataclasses.replace(tiny, width=16)
+    asked = Request(video=filmed, mouth=(40, 72, 24, 72), prompt=PROMPT, task="lipsync")
+    assert read_request(asked, narrow).mouth_made == pytest.approx((40 / 3, 24, 0, 16))
+    for mouth, words in (
+        ((40, 72, 0, 40), r"the mouth box .40, 72, 0, 40. reaches into .* within .0, 96, 24, 72. .y1, y2, x1, x2."),
+        ((40, 72, 60, 73), "reaches into the part of the 96 x 96 video that is cut off"),
+        ((40, 72, 0, 20), "lies in the part of the 96 x 96 image that is cut off"),
+    ):
+        with pytest.raises(UserError, match=words):
+            read_request(dataclasses.replace(asked, mouth=mouth), narrow)
+
+
+# The pasted mouth
+
+
+def dub(tiny, path, mouth, generated, **changes) -> tuple[Ready, np.ndarray]:
+    """What was read of a lip-sync request, and its video with pictures [F, 32, 32, 3] in place of the model's."""
+    ready = read_request(Request(video=path, mouth=mouth, prompt=PROMPT, task="lipsync", **changes), tiny)
+    run = render.Run.__new__(render.Run)  # no models are needed to paste
+    run.ready = ready
+    return ready, np.concatenate(list(run.dubbed(iter(generated[: ready.frames, None]))))
+
+
+@pytest.mark.parametrize(
+    ("rate", "frames", "fps", "count"),
+    [(10, 10, 30, 30), (5, 5, 25, 25), (25, 50, 60, 120), (30, 32, 10, 11), (25, 25, 50, 50), (24, 24, None, 24)],
+)
+def test_every_rate_gives_the_frames_that_were_promised(tiny, tmp_path, rate, frames, fps, count):
+    """And mouths keep an even pace: none is shown longer than its time."""
+    with media.VideoWriter(tmp_path / "a.mp4", 32, 32, fps=rate, wave=WAVE) as writer:
+        writer.write(np.zeros((frames, 32, 32, 3), np.uint8))
+    generated = np.broadcast_to(np.arange(100, dtype=np.uint8)[:, None, None, None], (100, 32, 32, 3))
+    ready, made = dub(tiny, tmp_path / "a.mp4", (0, 32, 0, 32), generated, fps=fps)
+    assert ready.output == (fps or rate, count) and len(made) == count
+    shown = made[:, 16, 16, 0].astype(int)
+    np.testing.assert_array_equal(shown, np.minimum(np.arange(count) * 25 / (fps or rate) + 0.5, ready.frames - 1) // 1)
+    assert np.bincount(shown)[:-1].max() <= np.ceil((fps or rate) / 25)
+
+
+def test_fewer_frames_than_the_video_has(tiny, filmed):
+    generated = np.zeros((9, 32, 32, 3), np.uint8)
+    ready, made = dub(tiny, filmed, (40, 72, 24, 60), generated, frames=9)
+    assert ready.output == (20.0, 7) and len(made) == 7  # 0.36 s
+
+
+def test_a_mouth_at_the_edge_is_pasted_whole(tiny, tmp_path):
+    """Where video and model have one size, its pixels are the generated ones: nothing is stretched."""
+    with media.VideoWriter(tmp_path / "a.mp4", 32, 32, wave=WAVE) as writer:
+        writer.write(np.zeros((5, 32, 32, 3), np.uint8))
+    generated = RNG.integers(0, 256, (5, 32, 32, 3), np.uint8)
+    ready, made = dub(tiny, tmp_path / "a.mp4", (8, 32, 16, 32), generated)
+    assert ready.mouth_made == (8, 32, 16, 32) and render._whole_pixels(ready.mouth_made) == (8, 32, 16, 32)
+    np.testing.assert_array_equal(made[:, 12:28, 19:29], generated[:, 12:28, 19:29])  # inside of the soft edge
+
+
+def test_a_film_of_its_own_sound_needs_no_note(tiny, tmp_path):
+    """The last generated frames lie past its end; what comes out does not."""
+    with media.VideoWriter(tmp_path / "a.mp4", 32, 32, wave=WAVE[: 15 * 640]) as writer:
+        writer.write(np.zeros((15, 32, 32, 3), np.uint8))
+    asked = Request(video=tmp_path / "a.mp4", mouth=(0, 32, 0, 32), prompt=PROMPT, task="lipsync")
+    ready = read_request(asked, tiny)
+    assert ready.frames == 17 and ready.notes == ()
+    for audio, note in ((WAVE[:4000], "silence was added up to 0.60 s"), (WAVE, "the video ends after 0.60 s")):
+        (said,) = read_request(dataclasses.replace(asked, audio=audio), tiny).notes
+        assert said.endswith(note)
+
+
 def test_a_damaged_video_is_told_before_any_work(tiny, filmed, tmp_path):
     content = bytearray(Path(filmed).read_bytes())
     middle = len(content) // 2
@@ -351,7 +420,8 @@ def test_released_mode_stretches_and_floors(tiny):
     np.testing.assert_allclose([y2, x2], [40 * 64 / 70, 40 * 32 / 47], rtol=1e-6)
     assert conditioning.face_tokens((0, 40, 0, 20), 64, 32, floored=True).reshape(4, 2).sum(0).tolist() == [2, 0]
     assert conditioning.face_tokens((0, 40, 0, 20), 64, 32).reshape(4, 2).sum(0).tolist() == [3, 3]
-    assert request.fit_box((0, 70, 0, 47), 70, 47, 64, 32, "stretch") == (0, 63, 0, 31)
+    assert request.fit_box((0, 70, 0, 47), 70, 47, 64, 32, "stretch") == (0, 64, 0, 32)
+    assert conditioning.face_tokens((0, 64, 0, 32), 64, 32, floored=True).all()  # the released program cuts nothing
 
 
 # Video files

@@ -6,6 +6,7 @@ A file is read a frame at a time; no more than two clips' frames are in memory, 
 import collections
 import contextlib
 import dataclasses
+import functools
 import importlib
 import itertools
 import math
@@ -155,6 +156,7 @@ class Films:
     def __init__(self, films: Sequence[Film], rules: Rules, preset: Preset, words: Any):
         self.films, self.rules, self.preset, self.words = films, rules, preset, words
         self.sync = load_sync_model(rules.sync_model)
+        self._footage: _Footage | None = None
         longest = max(rules.frames)
         if longest > preset.max_frames:
             raise UserError(f"--frames must be at most {preset.max_frames} for the preset {preset.name}, got {longest}")
@@ -192,7 +194,8 @@ class Films:
             )  # the same for all such files
 
     def _cut(self, film: Film) -> Iterator[RawClip | Dropped]:
-        source = media.VideoSource(film.path)
+        footage = self._footage_of(film.path)
+        source = footage.source
         first = round((film.start or 0.0) * FPS)
         last = _length(source) if film.end is None else min(round(film.end * FPS), _length(source))
         shortest = min(self.rules.frames)
@@ -200,14 +203,13 @@ class Films:
             why = f"shorter than {shortest} frames at {FPS} a second"
             yield Dropped(film.name, why, max(last - first, 0) / FPS)
             return
-        track = source.track()
-        if track is None:
+        wave = footage.wave
+        if wave is None:
             yield Dropped(film.name, "no sound track", (last - first) / FPS)
             return
-        wave = media.resample(track[0].mean(axis=1), track[1], RATE)
         height = round(source.height * (1 - self.rules.subtitle_band))
         size = fitted_size(height, source.width, self.preset)
-        frames = itertools.islice(source.frames_at(FPS), first, last)
+        frames = source.frames_at(FPS, first, last)
         at, left = first, last - first
         while fitting := [n for n in self.rules.frames if n <= left]:
             count = max(fitting)
@@ -221,6 +223,13 @@ class Films:
             at, left = at + count, left - count
         if left:
             yield Dropped(f"{film.name}/{at / FPS:.2f}", "the rest of a film, shorter than a clip", left / FPS)
+
+    def _footage_of(self, path: str) -> "_Footage":
+        """A film that was opened; the last one is kept, for rows of a manifest often take parts of the same."""
+        if self._footage is None or self._footage.path != path:
+            self._footage = None  # its sound makes room
+            self._footage = _Footage(path)
+        return self._footage
 
     def _looked_through(
         self, film: Film, name: str, video: np.ndarray, wave: np.ndarray, whole: Sequence[np.ndarray]
@@ -249,10 +258,22 @@ class Films:
         return RawClip(name, film.caption, video, wave, face, mouth_of(face, *video.shape[1:3]))
 
 
+class _Footage:
+    """A film that was looked through once, and its sound when it is asked for."""
+
+    def __init__(self, path: PathLike):
+        self.path, self.source = path, media.VideoSource(path)
+
+    @functools.cached_property
+    def wave(self) -> np.ndarray | None:
+        """[n] at RATE; None: it has no sound track. Channels that cancel each other out give way to one of them."""
+        track = self.source.track()
+        return None if track is None else media.resample(media.mixed(track[0])[0], track[1], RATE)
+
+
 def _length(source: media.VideoSource) -> int:
     """How many pictures `source.frames_at(FPS)` gives."""
-    first = int((source.count - 1) * FPS / source.fps)
-    return next(k for k in itertools.count(first) if source.nearest(k, FPS) >= source.count)
+    return len(source.shown(FPS))
 
 
 def _faces(frame: np.ndarray, height: int, width: int) -> list[Box]:

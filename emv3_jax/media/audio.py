@@ -65,18 +65,21 @@ def load_recording(
         read = len(samples) / sound.rate
         lost = f"of {read + sound.missing:.2f} s" if sound.missing > SLACK else "of it"
         notes.append(f"recording {path} is cut off or damaged: only the first {read:.2f} s {lost} can be read")
-    wave, note = _to_mono(samples)
-    notes += [f"recording {path} {note}"] if note else []
-    wave, note = _to_full_scale(wave)
-    notes += [f"recording {path} {note}"] if note else []
-    heard = at_most_stereo(samples)
-    heard = heard / max(1.0, float(np.abs(heard).max()))
+    wave, heard, more = mixed(samples)
+    notes += [f"recording {path} {note}" for note in more]
     return resample(wave, sound.rate, rate), notes, (heard, sound.rate)
 
 
-def at_most_stereo(samples: np.ndarray) -> np.ndarray:
-    """[n, channels] -> [n, 1 or 2]: more than two channels are averaged."""
-    return samples if samples.shape[1] <= 2 else samples.mean(axis=1, keepdims=True)
+def mixed(samples: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Samples [n, channels] of any size as a model hears them, float32 [n]; as they are to be heard, [n, 1 or 2]; both
+    in [-1, 1]; and what was done or is odd, to be said after the sound's name. More than two channels become one."""
+    mono, note = _to_mono(samples)
+    wave, level = _to_full_scale(mono)
+    heard = samples if samples.shape[1] <= 2 else mono[:, None]
+    if samples.shape[1] > 2 and not note:
+        note = f"has {samples.shape[1]} channels: they are averaged to one"
+    heard = heard / max(1.0, float(np.abs(heard).max(initial=0.0)))
+    return wave, heard, [text for text in (note, level) if text]
 
 
 def check_wave(wave: np.ndarray) -> tuple[np.ndarray, list[str]]:
@@ -102,7 +105,7 @@ def resample(wave: np.ndarray, source_rate: float, rate: float) -> np.ndarray:
 def _to_mono(samples: np.ndarray) -> tuple[np.ndarray, str | None]:
     """[n, channels] -> [n]: the average, unless the channels cancel each other out."""
     mono = samples.mean(axis=1, dtype=np.float32)
-    if samples.shape[1] > 1 and np.abs(mono).max() < 0.02 * np.abs(samples).max():
+    if samples.shape[1] > 1 and np.abs(mono).max(initial=0.0) < 0.02 * np.abs(samples).max(initial=0.0):
         loudest = int(np.square(samples).sum(axis=0).argmax())
         return samples[:, loudest], f"has channels that cancel each other out: channel {loudest + 1} alone is used"
     return mono, None
@@ -110,7 +113,7 @@ def _to_mono(samples: np.ndarray) -> tuple[np.ndarray, str | None]:
 
 def _to_full_scale(wave: np.ndarray) -> tuple[np.ndarray, str | None]:
     """[n] -> float32 [n] in [-1, 1], and what is odd about its level."""
-    peak = float(np.abs(wave).max())
+    peak = float(np.abs(wave).max(initial=0.0))
     if peak > 1.0:
         return (wave / peak).astype(np.float32), f"exceeds full scale (peak {peak:.3g}): it is scaled down"
     return wave.astype(np.float32), "is silent" if peak < 1e-4 else None  # -80 dB

@@ -1,23 +1,30 @@
 """Video files: H.264 with AAC sound written frame by frame, and any video read back."""
 
+import array
 import contextlib
-import itertools
 from collections.abc import Iterator
 from fractions import Fraction
 from types import TracebackType
+from typing import Any
 
 import av
 import numpy as np
-from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
+from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation
 from PIL import Image
 
 from emv3_jax.errors import UserError
 from emv3_jax.files import PathLike, atomic_path, check_readable
-from emv3_jax.media.audio import Sound, at_most_stereo, decode_sound, open_media, resample
+from emv3_jax.media.audio import Sound, decode_sound, mixed, open_media, resample
 
 # Rates that AAC knows; sound at any other is converted to the last of them.
 LAYOUTS = {1: "mono", 2: "stereo"}
 AAC_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)
+INDEXED = ("mov,", "matroska")  # kinds of files in which a picture can be looked up exactly
+UNTAGGED = 2  # FFmpeg's number for colours of which a file does not say how they are coded
+HD_HEIGHT, HD_WIDTH = 720, 1280  # from either on, players take untagged colours for BT.709, below for BT.601
+ROUNDING = 2e-3  # seconds; WebM and FLV round the times of frames to milliseconds
+MAX_FPS = 120  # frames that come in bursts count as no faster
+TIE = 1e-6  # seconds; what comes out of a division as nearly the same moment is the same
 
 
 class VideoWriter:
@@ -145,9 +152,11 @@ class VideoWriter:
 
 
 class VideoSource:
-    """A video that is read as often as need be, a frame at a time.
+    """A video that is read as often as need be, a frame at a time, in the time of its timestamps.
 
-    height, width: of the upright pictures. fps: frames a second. count: frames. seconds: count / fps.
+    Time 0 is the first frame's. height, width: of the upright pictures, with square pixels. fps: frames a second; where
+    they come at no steady rate, the one at which most of them come. count: frames. times: float64 [count], seconds.
+    seconds: until the last frame ends. notes: what is unusual about it, one sentence each.
 
     Raises:
       UserError: for a file that is not a video or is damaged.
@@ -155,43 +164,96 @@ class VideoSource:
 
     def __init__(self, path: PathLike):
         self.path = check_readable(path, "video")
-        first, self.count = None, 0
+        first, last = None, 0.0
+        times, stamps = array.array("d"), array.array("q")
         with self._open() as (container, stream):
-            self.fps = float(stream.average_rate or stream.guessed_rate or 25)
+            rate = float(stream.average_rate or stream.guessed_rate or 25)
+            ratio = stream.sample_aspect_ratio or Fraction(1)
+            self._seeks = container.format.name.startswith(INDEXED)
             for frame in container.decode(stream):  # all of it: what is damaged is told now, and not after hours
                 first = first or frame
-                self.count += 1
+                if frame.pts is not None:
+                    stamps.append(frame.pts)
+                expected = times[-1] + 1 / rate if times else 0.0  # some AVI files do not tell all times
+                times.append(expected if frame.time is None else frame.time)
+                last = float(frame.duration * frame.time_base) if frame.duration and frame.time_base else 0.0
         if first is None:
             raise UserError(f"video {path} holds no pictures")
-        self._start = first.time or 0.0
-        self.height, self.width = _upright(first).shape[:2]
-        self.seconds = self.count / self.fps
+        self.count, self._start, self._stamps = len(times), times[0], np.asarray(stamps)
+        self._seeks &= len(stamps) == len(times) and bool((np.diff(self._stamps) > 0).all())
+        self.times, self._usual, self.fps, steady = _rhythm(np.asarray(times) - times[0], rate)
+        self.seconds = float(self.times[-1]) + (last if last > 1.5 * self._usual else self._usual)
+        self._size = _square(first.height, first.width, ratio)
+        self.height, self.width = self._upright(first).shape[:2]
+        self.notes = []
+        if not steady:
+            self.notes.append(f"video {path} has a variable frame rate: it is read at {self.fps:g} frames a second")
+        if self._size != (first.height, first.width):
+            size = f"{self.width}x{self.height}"
+            self.notes.append(f"video {path} has pixels that are not square: it is read as {size}, as players show it")
 
     def frames(self) -> Iterator[np.ndarray]:
-        """Upright uint8 [H, W, 3], one after another."""
-        with self._open() as (container, stream):
-            for frame in container.decode(stream):
-                yield _upright(frame)
+        """Upright uint8 [H, W, 3], one after another, however long each is shown."""
+        for _, frame in self._decoded(0):
+            yield self._upright(frame)
 
-    def frames_at(self, fps: float) -> Iterator[np.ndarray]:
-        """The nearest frame to every moment k / fps, as long as the video lasts; all as they are at its own rate."""
-        wanted = 0
-        for n, frame in enumerate(self.frames()):
-            while self.nearest(wanted, fps) == n:
-                yield frame
-                wanted += 1
+    def shown(self, fps: float) -> np.ndarray:
+        """The number of the frame that is shown at every moment k / fps while the video lasts (`shown_at`): int [K]."""
+        return shown_at(self.times, self._usual, self.seconds, fps)
 
-    def nearest(self, moment: int, fps: float) -> int:
-        """The frame that is shown at a moment of `fps` a second; between two, the later."""
-        return int(moment * self.fps / fps + 0.5)  # round() would take halves to even numbers, and stutter
+    def frames_at(self, fps: float, first: int = 0, last: int | None = None) -> Iterator[np.ndarray]:
+        """The frames `shown(fps)[first:last]`; all as they are at the video's own rate, if that is steady."""
+        wanted = self.shown(fps)[first:last]
+        done = 0
+        for number, frame in self._decoded(int(wanted[0])) if len(wanted) else ():
+            if number < wanted[done]:
+                continue
+            picture = self._upright(frame)
+            while done < len(wanted) and wanted[done] <= number:
+                yield picture
+                done += 1
+            if done == len(wanted):
+                return
+        if done < len(wanted):
+            raise UserError(f"video {self.path} has changed while it was read: start again")
 
     def track(self) -> tuple[np.ndarray, int] | None:
-        """The sound, float32 [n, 1 or 2] in [-1, 1] from the first frame to the last, and its rate; None if silent."""
+        """The sound, float32 [n, channels] in [-1, 1] from the first frame to the last, and its rate, or None."""
         with self._open() as (container, _):
-            sound = decode_sound(container, self.seconds + 1)  # the two tracks need not start together
+            # The two tracks need not start together.
+            starts = [float((s.start_time or 0) * (s.time_base or 0)) for s in container.streams.audio]
+            lead = max(0.0, self._start - min(starts, default=0.0))
+            sound = decode_sound(container, self.seconds + lead + 1)
         if sound is not None and sound.broken:
             raise UserError(f"the sound of video {self.path} is cut off or damaged: save or download it again")
+        if sound is not None and not np.isfinite(sound.samples).all():
+            raise UserError(f"the sound of video {self.path} holds samples that are not numbers: export it again")
         return None if sound is None else (_aligned(sound, self._start, self.seconds), sound.rate)
+
+    def _decoded(self, first: int) -> Iterator[tuple[int, av.VideoFrame]]:
+        """The frames from number `first`, or from one before it, to the end, with their numbers."""
+        if first and self._seeks:
+            with self._open() as (container, stream):
+                with contextlib.suppress(av.FFmpegError):
+                    container.seek(int(self._stamps[first]), stream=stream)
+                numbered = ((int(np.searchsorted(self._stamps, f.pts or 0)), f) for f in container.decode(stream))
+                head = next(numbered, None)
+                # An index may be missing, or lead too far (it has the order in which frames are stored): all are read.
+                if head is not None and head[0] <= first and self._stamps[head[0]] == head[1].pts:
+                    yield head
+                    yield from numbered
+                    return
+        with self._open() as (container, stream):
+            yield from enumerate(container.decode(stream))
+
+    def _upright(self, frame: av.VideoFrame) -> np.ndarray:
+        """RGB as a player shows it: phones store the turn beside the picture, and some cameras oblong pixels."""
+        changes: dict[str, Any] = {}
+        if frame.colorspace == UNTAGGED and (frame.height >= HD_HEIGHT or frame.width >= HD_WIDTH):
+            changes |= {"src_colorspace": Colorspace.ITU709}
+        if (frame.height, frame.width) != self._size:
+            changes |= {"height": self._size[0], "width": self._size[1], "interpolation": Interpolation.LANCZOS}
+        return np.rot90(frame.to_ndarray(format="rgb24", **changes), k=frame.rotation // 90 % 4)
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
@@ -205,34 +267,65 @@ class VideoSource:
             raise UserError(f"video {self.path} is not a video or is damaged: give an MP4, WebM or MOV file") from None
 
 
+def shown_at(times: np.ndarray, usual: float, seconds: float, fps: float) -> np.ndarray:
+    """Which of a video's frames are shown at the moments k / fps, as long as it lasts to the nearest 1 / fps: int [K].
+
+    The one nearest in time, and between two the later; but in a gap longer than usual the one before it is held.
+    times: float [F], seconds, rising from 0. usual: seconds between two frames. seconds: until the last frame ends.
+    """
+    begins = times - np.minimum(np.diff(times, prepend=times[0] - usual), usual) / 2
+    moments = np.arange(max(1, int(seconds * fps + 0.5 + TIE))) / fps
+    return np.maximum(np.searchsorted(begins, moments + TIE, side="right") - 1, 0)
+
+
 def read_video(
     path: PathLike, rate: int = 16000, max_seconds: float | None = None
 ) -> tuple[np.ndarray, float, np.ndarray | None]:
-    """A whole video: frames uint8 [F, H, W, 3] upright, frames a second, and sound float32 [n] mono at `rate` or None.
+    """A whole video: frames uint8 [F, H, W, 3], frames a second, and sound float32 [n] mono at `rate` or None.
 
-    The sound starts with the first frame and ends no later than the last. max_seconds: gives no more than that.
+    Frames come at the video's own rate, or at its usual one if it has no steady one. The sound starts with the
+    first frame and ends no later than the last. max_seconds: gives no more than that.
     Raises UserError as `VideoSource`.
     """
     source = VideoSource(path)
     limit = None if max_seconds is None else round(max_seconds * source.fps)
-    frames, track = np.stack(list(itertools.islice(source.frames(), limit))), source.track()
+    frames, track = np.stack(list(source.frames_at(source.fps, 0, limit))), source.track()
     if track is None:
         return frames, source.fps, None
-    wave = resample(track[0].mean(axis=1), track[1], rate)
+    wave = resample(mixed(track[0])[0], track[1], rate)
     return frames, source.fps, wave[: round(len(frames) / source.fps * rate)]
 
 
 def _aligned(sound: Sound, start: float, seconds: float) -> np.ndarray:
-    """Samples [n, 1 or 2] that begin with the picture, at `start` seconds of the file, and end no later than it."""
-    samples = at_most_stereo(sound.samples)
+    """Samples [n, channels] that begin with the picture, at `start` seconds of the file, and end no later than it."""
     lead = round((sound.start - start) * sound.rate)  # samples by which the sound starts after the picture
-    samples = np.pad(samples, ((lead, 0), (0, 0))) if lead > 0 else samples[-lead:]
+    samples = np.pad(sound.samples, ((lead, 0), (0, 0))) if lead > 0 else sound.samples[-lead:]
     return np.clip(samples[: round(seconds * sound.rate)], -1.0, 1.0)
 
 
-def _upright(frame: av.VideoFrame) -> np.ndarray:
-    """RGB as a player shows it: phones store the turn beside the picture."""
-    return np.rot90(frame.to_ndarray(format="rgb24"), k=frame.rotation // 90 % 4)
+def _rhythm(times: np.ndarray, told: float) -> tuple[np.ndarray, float, float, bool]:
+    """The times [count] of frames, the usual seconds between two, frames a second, and whether that rate is steady.
+
+    times: in the file, from 0. told: frames a second in its header, which is the mean or a guess.
+    """
+    times = np.maximum.accumulate(times)
+    mean = (len(times) - 1) / times[-1] if times[-1] else told
+    for rate in (told, mean):  # some headers are wrong
+        even = np.arange(len(times)) / rate
+        if np.abs(times - even).max() < ROUNDING or not times[-1]:
+            return even, 1 / rate, rate, True
+    gaps = np.diff(times)
+    middle = np.median(gaps)
+    near = np.abs(gaps - middle) <= middle / 2
+    usual = max(float(gaps[near].mean()), 1 / MAX_FPS)
+    return times, usual, told if abs(told * usual - 1) < 0.01 else round(1 / usual, 3), bool(near.all())
+
+
+def _square(height: int, width: int, ratio: Fraction) -> tuple[int, int]:
+    """Height and width of a picture whose pixels are `ratio` times as wide as high, made square: no line is lost."""
+    if abs(ratio - 1) < 0.01:  # what an encoder's rounding leaves of square ones
+        return height, width
+    return round(height * max(1.0, float(1 / ratio))), round(width * max(1.0, float(ratio)))
 
 
 def _even(side: float) -> int:

@@ -4,7 +4,9 @@ import dataclasses
 import json
 import sys
 import types
+from fractions import Fraction
 
+import av
 import numpy as np
 import pytest
 
@@ -197,6 +199,45 @@ def test_a_subtitle_band_is_cut_off(tmp_path, film, tiny):
     path = film(tmp_path / "a.mp4", video=video)
     assert cut(of(path), tiny)[0][0].video[:, -4:].mean() > 60
     assert cut(of(path), tiny, subtitle_band=0.2)[0][0].video.max() < 40
+
+
+def test_a_film_that_slows_down_stays_with_its_sound(tmp_path, tiny):
+    """25 frames a second, and then 5: each is shown until the next one comes."""
+    path, times = tmp_path / "a.mkv", [*range(0, 400, 40), *range(400, 1600, 200)]
+    loudness = np.repeat(np.linspace(0.1, 0.7, 40), RATE // 25)  # rises as the pictures brighten
+    wave = (loudness * np.sign(np.sin(np.arange(len(loudness)) * 2 * np.pi / 16))).astype(np.float32)
+    with av.open(str(path), "w") as container:
+        picture, sound = container.add_stream("libx264", rate=25), container.add_stream("aac", rate=RATE, layout="mono")
+        picture.width = picture.height = 32
+        picture.codec_context.time_base = Fraction(1, 1000)
+        for time in times:  # as bright as it is late
+            frame = av.VideoFrame.from_ndarray(np.full((32, 32, 3), time // 8, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = time, Fraction(1, 1000)
+            container.mux(picture.encode(frame))
+        container.mux(picture.encode(None))
+        block = av.AudioFrame.from_ndarray(wave[None], format="fltp", layout="mono")
+        block.sample_rate, block.pts = RATE, 0
+        container.mux(sound.encode(block))
+        container.mux(sound.encode(None))
+    clips, dropped = cut(of(path), tiny)
+    assert len(clips) == 4 and not dropped
+    np.testing.assert_allclose(8 * levels(clips), [*times[:10], *np.repeat(times[10:], 5)][:36], atol=24)
+    heard = np.concatenate([np.abs(clip.wave).reshape(9, -1).mean(1) for clip in clips])
+    np.testing.assert_allclose(heard[1:-1], np.linspace(0.1, 0.7, 40)[1:35], atol=0.06)
+
+
+def test_rows_of_one_film_open_it_once(tmp_path, film, tiny, monkeypatch):
+    path, other = film(tmp_path / "a.mp4", frames=50), film(tmp_path / "b.mp4")
+    opened, sounds = [], []
+    source, track = media.VideoSource, media.VideoSource.track
+    monkeypatch.setattr(media, "VideoSource", lambda name: opened.append(name) or source(name))
+    monkeypatch.setattr(source, "track", lambda self: sounds.append(self.path) or track(self))
+    rows = [of(path, start=k / 5, end=k / 5 + 0.36) for k in (4, 0, 2)]
+    clips, dropped = cut([*rows, of(other), rows[0]], tiny)
+    assert opened == [str(path), str(other), str(path)] and len(sounds) == 3
+    np.testing.assert_allclose(
+        levels(clips[:3]), np.concatenate([np.linspace(0, 255, 50)[5 * k : 5 * k + 9] for k in (4, 0, 2)]), atol=3
+    )
 
 
 # What is left out
