@@ -142,7 +142,7 @@ def test_scanned_blocks_equal_a_loop(params, golden):
     x, block = states[:, 0], jax.jit(Block(TINY).apply)
     for layer in (1, 2):
         own = jax.tree.map(lambda leaf, layer=layer: leaf[layer], params["encoder"]["blocks"])
-        x, _ = block({"params": own}, x)
+        x, _ = block({"params": own}, x, jnp.ones(49, bool))
         np.testing.assert_allclose(x, states[:, layer], atol=1e-5)
     assert np.abs(np.diff(states, axis=1)).max() > 0.1  # each block has its own weights
 
