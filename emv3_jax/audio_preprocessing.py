@@ -80,7 +80,8 @@ def preview_features(
     elif len(wave) < (shortest := sample_count(cfg, 1)):
         raise UserError(f"the sound has {len(wave)} samples, the encoder needs {shortest}: give a longer recording")
     features, heard = _conv_features(cfg, params, wave)
-    return np.array(_encode(cfg, params, features, np.int32(heard), False)[0, : min(count, heard)])
+    states = np.asarray(_encode(cfg, params, features, np.int32(heard), False))
+    return states[0, : min(count, heard)].copy()  # of its own, so that the rest can go
 
 
 def flash_windows(
@@ -97,11 +98,11 @@ def flash_windows(
     samples = _checked_frames(frames) * RATE // FPS
     wave, notes = normalise_loudness(wave)
     wave = _pad(normalise(wave[:samples]), samples)
-    features, heard = _conv_features(cfg, params, wave)
-    features = resample_features(np.asarray(features)[:, :heard], frames)
-    features = np.pad(features, ((0, 0), (0, padded_length(frames) - frames), (0, 0)))
-    states = np.asarray(_encode(cfg, params, features, np.int32(frames), True)[0])
-    return frame_windows(states[:, :frames], neighbours), notes
+    convolved, heard = _conv_features(cfg, params, wave)
+    resampled = np.asarray(resample_features(np.asarray(convolved)[:, :heard], frames))
+    features = np.pad(resampled, ((0, 0), (0, padded_length(frames) - frames), (0, 0)))
+    states = np.asarray(_encode(cfg, params, features, np.int32(frames), True))
+    return frame_windows(states[0, :, :frames], neighbours), notes
 
 
 def frame_windows(states: np.ndarray, neighbours: int = 2) -> np.ndarray:

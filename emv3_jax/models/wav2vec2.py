@@ -69,7 +69,10 @@ def even_pieces(length: int, longest: int) -> tuple[int, int]:
 
 
 def by_pieces(rows: Callable, module: nn.Module, count: int) -> jax.Array:
-    """rows(module, i) -> [B, size, D], for the pieces i of `count`, one after another: [B, count·size, D]."""
+    """rows(module, i) -> [B, size, D], of the pieces i < count one after another, laid end to end: [B, count·size, D].
+
+    `rows` reaches the module's parts through its argument only, as nn.scan wants it.
+    """
 
     def step(module: nn.Module, _: None, i: jax.Array) -> tuple[None, jax.Array]:
         return None, rows(module, i)
@@ -120,7 +123,7 @@ class ConvFeatures(nn.Module):
     def __call__(self, wave: jax.Array, samples: jax.Array | int) -> jax.Array:
         """wave [B, n], of which `samples` are real -> [B, A, C]."""
         cfg, length = self.cfg, wave.shape[1]
-        wave = wave.astype(jnp.float32)[:, :, None]
+        wave = wave.astype(jnp.float32)
         count, size = even_pieces(feature_count(cfg, length), PIECE)
         mean, variance = self.statistics(wave, samples, size)
 
@@ -129,7 +132,7 @@ class ConvFeatures(nn.Module):
 
         def features(module: ConvFeatures, i: jax.Array) -> jax.Array:
             first, *others = module.convs
-            x = gelu_exact(module.norm(first(piece_of(padded, i * step, heard)), mean, variance))
+            x = gelu_exact(module.norm(first(piece_of(padded, i * step, heard)[..., None]), mean, variance))
             for conv in others:
                 x = gelu_exact(conv(x))
             return x
@@ -137,7 +140,7 @@ class ConvFeatures(nn.Module):
         return by_pieces(features, self, count)[:, : feature_count(cfg, length)]
 
     def statistics(self, wave: jax.Array, samples: jax.Array | int, size: int) -> tuple[jax.Array, jax.Array]:
-        """Mean and variance [B, 1, C] of the first convolution of a wave [B, n, 1], of which `samples` are real.
+        """Mean and variance [B, 1, C] of the first convolution of a wave [B, n], of which `samples` are real.
 
         Every piece, of as many samples as `size` features begin in, gives its own mean and its mean square around that;
         these are then put together. No difference of large sums is taken, so float32 is enough.
@@ -150,7 +153,7 @@ class ConvFeatures(nn.Module):
         total = (samples - kernel) // stride + 1
 
         def moments(module: ConvFeatures, i: jax.Array) -> jax.Array:
-            x = module.convs[0](piece_of(padded, i * step, heard))
+            x = module.convs[0](piece_of(padded, i * step, heard)[..., None])
             real = (i * size + jnp.arange(size) < total)[:, None]
             share = 1 / jnp.maximum(real.sum(), 1)
             mean = jnp.sum(x * real, axis=1, keepdims=True) * share
@@ -224,7 +227,7 @@ class Block(nn.Module):
         self.norm1, self.norm2 = LayerNorm(epsilon=NORM_EPS), LayerNorm(epsilon=NORM_EPS)
 
     def __call__(self, x: jax.Array, real: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-        """x [B, A, D]; real [A]: False at padding. Returns (carry, this layer's row of the stack if kept), for nn.scan."""
+        """x [B, A, D], real [A] False at padding -> (carry, this layer's row of the stack if kept), for nn.scan."""
         count, size = even_pieces(x.shape[1], PIECE)
         keys, values = self.attention.keys_values(x)
         padded = lengthened(x, count * size)
@@ -287,9 +290,7 @@ class Wav2Vec2(nn.Module):
             raise ValueError(f"wave must be [B, n] with n at least {shortest}; got {wave.shape}")
         return self.features(wave, wave.shape[1] if samples is None else samples)
 
-    def encode(
-        self, features: jax.Array, count: jax.Array | int | None = None, every_layer: bool = True
-    ) -> jax.Array:
+    def encode(self, features: jax.Array, count: jax.Array | int | None = None, every_layer: bool = True) -> jax.Array:
         """features [B, A, C], from `conv_features`, resampled or not -> states after each block, [B, layers, A, D].
 
         count: how many of A are the clip's, where others follow; their states mean nothing. Default: all of A.
