@@ -142,12 +142,16 @@ def plain_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | 
     return jnp.einsum("BNLS,BSNK->BLNK", weights, v)
 
 
-def chunked_attention(q: jax.Array, k: jax.Array, v: jax.Array, chunk: int = CHUNK) -> jax.Array:
+def chunked_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, chunk: int = CHUNK, mask: jax.Array | None = None
+) -> jax.Array:
     """Like `plain_attention`, one head and `chunk` queries at a time; memory grows with B·chunk·S, not with L·S.
 
+    mask: bool [S], the same for all heads and queries. A chunk is no longer than there are queries.
     The weights of a chunk are computed again in the backward pass.
     """
     batch, length, heads, width = q.shape
+    chunk = min(chunk, length)
     chunks = -(-length // chunk)
     padded = jnp.pad(q, ((0, 0), (0, chunks * chunk - length), (0, 0), (0, 0)))
     padded = padded.reshape(batch, chunks, chunk, heads, width).transpose(3, 1, 0, 2, 4)  # N, chunks, B, chunk, K
@@ -157,7 +161,7 @@ def chunked_attention(q: jax.Array, k: jax.Array, v: jax.Array, chunk: int = CHU
 
         @jax.checkpoint
         def one_chunk(query: jax.Array) -> jax.Array:
-            return plain_attention(query[:, :, None], key[:, :, None], value[:, :, None])[:, :, 0]
+            return plain_attention(query[:, :, None], key[:, :, None], value[:, :, None], mask)[:, :, 0]
 
         return jax.lax.map(one_chunk, queries)
 

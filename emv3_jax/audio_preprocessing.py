@@ -3,7 +3,9 @@
   preview   zero mean, unit variance -> wav2vec2 -> last states                 [2F, 768]       two a video frame
   flash     -23 LUFS, cut, zero mean, unit variance -> wav2vec2 at 25 a second  [F, 5, 12, 768] neighbours, layers
 
-The waves are prepared in NumPy; the encoder runs compiled, once per length of sound.
+The waves are prepared in NumPy; the encoder runs compiled, once per `padded_length`: a sound is padded to one of few
+lengths, and what it is padded with is not heard. On the host grow, with every second of sound, the features (preview
+150 KB; flash 0.9 MB, of which the windows are a view), the wave and its copies.
 Axes: n samples at 16 kHz, F video frames at 25 a second, A features of wav2vec2 (50 a second), D width.
 """
 
@@ -15,7 +17,7 @@ import numpy as np
 
 from emv3_jax.config import FPS, RATE, Wav2Vec2Config
 from emv3_jax.errors import UserError
-from emv3_jax.models.wav2vec2 import Wav2Vec2, sample_count
+from emv3_jax.models.wav2vec2 import PIECE, Wav2Vec2, feature_count, resample_features, sample_count
 
 FEATURES_PER_FRAME = 2
 LOUDNESS = -23.0  # LUFS
@@ -77,7 +79,9 @@ def preview_features(
         wave = _pad(wave, sample_count(cfg, count))
     elif len(wave) < (shortest := sample_count(cfg, 1)):
         raise UserError(f"the sound has {len(wave)} samples, the encoder needs {shortest}: give a longer recording")
-    return np.asarray(_last_states(cfg, params, wave[None]))[0, :count]
+    features, heard = _conv_features(cfg, params, wave)
+    states = np.asarray(_encode(cfg, params, features, np.int32(heard), False))
+    return states[0, : min(count, heard)].copy()  # of its own, so that the rest can go
 
 
 def flash_windows(
@@ -85,6 +89,7 @@ def flash_windows(
 ) -> tuple[np.ndarray, list[str]]:
     """What the flash transformer hears of a recording: windows [frames, 2·neighbours + 1, layers, D], and notes.
 
+    The windows are a view that cannot be written to, of memory for [frames + 2·neighbours, layers, D].
     As in the released program: loudness is measured on the whole recording, which is then cut to the video's length and
     only then normalised; conv features are resampled to one per video frame before the blocks of wav2vec2, and the
     states of all blocks are kept. A recording shorter than the video is continued with silence. The arguments and
@@ -93,28 +98,49 @@ def flash_windows(
     samples = _checked_frames(frames) * RATE // FPS
     wave, notes = normalise_loudness(wave)
     wave = _pad(normalise(wave[:samples]), samples)
-    states = np.asarray(_frame_states(cfg, params, wave[None], frames))[0]
-    return frame_windows(states, neighbours), notes
+    convolved, heard = _conv_features(cfg, params, wave)
+    resampled = np.asarray(resample_features(np.asarray(convolved)[:, :heard], frames))
+    features = np.pad(resampled, ((0, 0), (0, padded_length(frames) - frames), (0, 0)))
+    states = np.asarray(_encode(cfg, params, features, np.int32(frames), True))
+    return frame_windows(states[0, :, :frames], neighbours), notes
 
 
 def frame_windows(states: np.ndarray, neighbours: int = 2) -> np.ndarray:
     """states [layers, F, D] -> [F, 2·neighbours + 1, layers, D]: each frame with the frames around it (SPEC 2, flash).
 
-    Before the first frame stands the first, after the last the last.
+    Before the first frame stands the first, after the last the last. Neighbours are not copied: the result is a view,
+    which cannot be written to, of one array [F + 2·neighbours, layers, D].
     """
-    frames = states.shape[1]
-    index = np.arange(frames)[:, None] + np.arange(-neighbours, neighbours + 1)
-    return states.swapaxes(0, 1)[np.clip(index, 0, frames - 1)]
+    by_frame = np.pad(states.swapaxes(0, 1), ((neighbours, neighbours), (0, 0), (0, 0)), mode="edge")
+    return np.moveaxis(np.lib.stride_tricks.sliding_window_view(by_frame, 2 * neighbours + 1, axis=0), -1, 1)
+
+
+def padded_length(features: int) -> int:
+    """So many features are encoded in place of `features`: whole pieces, and of long sounds at most a quarter more.
+
+    There are few such lengths, four each time the sound doubles, so that a new recording seldom needs a new compile.
+    """
+    step = max(PIECE, 2 ** (features.bit_length() - 3))
+    return -(-features // step) * step
+
+
+def _conv_features(cfg: Wav2Vec2Config, params: Mapping, wave: np.ndarray) -> tuple[jax.Array, int]:
+    """wave [n], at least one feature long -> conv features [1, padded, C], and how many of them are the wave's."""
+    count = feature_count(cfg, len(wave))
+    longest = sample_count(cfg, padded_length(count) + 1) - 1  # of the waves with so many features
+    return _convolve(cfg, params, _pad(wave, longest)[None], np.int32(len(wave))), count
 
 
 @partial(jax.jit, static_argnums=0)
-def _last_states(cfg: Wav2Vec2Config, params: Mapping, wave: jax.Array) -> jax.Array:
-    return Wav2Vec2(cfg).apply({"params": params}, wave)
+def _convolve(cfg: Wav2Vec2Config, params: Mapping, wave: jax.Array, samples: jax.Array) -> jax.Array:
+    return Wav2Vec2(cfg).apply({"params": params}, wave, samples, method="conv_features")
 
 
-@partial(jax.jit, static_argnums=(0, 3))
-def _frame_states(cfg: Wav2Vec2Config, params: Mapping, wave: jax.Array, frames: int) -> jax.Array:
-    return Wav2Vec2(cfg).apply({"params": params}, wave, frames, method="frame_states")
+@partial(jax.jit, static_argnums=(0, 4))
+def _encode(
+    cfg: Wav2Vec2Config, params: Mapping, features: jax.Array, count: jax.Array, every_layer: bool
+) -> jax.Array:
+    return Wav2Vec2(cfg).apply({"params": params}, features, count, every_layer, method="encode")
 
 
 def _pad(wave: np.ndarray, samples: int) -> np.ndarray:

@@ -84,7 +84,7 @@ def audio_features(preset: Preset, wave: np.ndarray, frames: int, params: Params
       frames: of the video.
       params: holds "speech", where the preset has a speech encoder.
     Returns:
-      demo, preview [2·frames, audio_width]; flash [frames, 5, layers, audio_width].
+      demo, preview [2·frames, audio_width]; flash [frames, 5, layers, audio_width], a view that repeats no memory.
     """
     return AUDIO_ENCODERS[preset.audio](preset, params, wave, frames)
 

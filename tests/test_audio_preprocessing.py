@@ -7,9 +7,17 @@ import pytest
 
 from convert import wav2vec2
 from emv3_jax import audio_preprocessing
-from emv3_jax.audio_preprocessing import flash_windows, frame_windows, normalise, normalise_loudness, preview_features
+from emv3_jax.audio_preprocessing import (
+    flash_windows,
+    frame_windows,
+    normalise,
+    normalise_loudness,
+    padded_length,
+    preview_features,
+)
 from emv3_jax.config import Wav2Vec2Config
 from emv3_jax.errors import UserError
+from emv3_jax.models import wav2vec2 as wav2vec2_model
 from emv3_jax.models.audio_tokens import audio_ranges
 from emv3_jax.models.wav2vec2 import Wav2Vec2
 from tests.conftest import random_params
@@ -105,6 +113,35 @@ def test_frame_windows():
     ]  # fmt: skip
     np.testing.assert_array_equal(windows[:, :, 1], windows[:, :, 0] + 6)
     assert frame_windows(states[:, :1], neighbours=3)[:, :, 0, 0].tolist() == [[0] * 7]
+    assert np.shares_memory(windows[2, 3], windows[3, 2])  # the same frame is kept once
+    first, last = np.lib.array_utils.byte_bounds(windows)
+    assert last - first == (6 + 4) * 2 * states.itemsize
+
+
+def test_padded_lengths_are_few():
+    assert [padded_length(n) for n in (1, 2, 256, 257, 1500, 2049, 30_000)] == [256, 256, 256, 512, 1536, 2560, 32_768]
+    hour = np.array([padded_length(n) for n in range(1, 180_001)])
+    assert len(set(hour)) < 40
+    lengths = np.arange(1, 180_001)
+    assert (hour >= lengths).all() and (hour - lengths <= np.maximum(256, lengths / 4)).all()
+
+
+def test_long_sounds_in_pieces_and_one_compile_for_many_lengths(params, monkeypatch):
+    """Pieces of eight features: what is heard is the whole clip, without what fills the last pieces."""
+    waves = {frames: speech(640 * frames + 79, seed=frames) for frames in (13, 14)}
+    at_once = {n: encoded(params, normalise(wave)) for n, wave in waves.items()}
+    loud = {n: normalise(normalise_loudness(wave)[0][: 640 * n]) for n, wave in waves.items()}
+    windows_at_once = {n: frame_windows(np.asarray(encoded(params, wave, n))) for n, wave in loud.items()}
+    traced = []
+    monkeypatch.setattr(audio_preprocessing, "Wav2Vec2", lambda cfg: traced.append(cfg) or Wav2Vec2(cfg))
+    for module in (audio_preprocessing, wav2vec2_model):
+        monkeypatch.setattr(module, "PIECE", 8)
+    for frames, wave in waves.items():
+        features = preview_features(TINY, params, wave, frames, fill=False)
+        np.testing.assert_allclose(features, at_once[frames], atol=1e-5)
+        windows, _ = flash_windows(TINY, params, wave, frames)
+        np.testing.assert_allclose(windows, windows_at_once[frames], atol=1e-5)
+    assert len(traced) == 3  # convolutions, blocks of preview, blocks of flash
 
 
 @pytest.mark.parametrize("frames,samples", [(1, 123), (13, 123), (13, 640 * 13), (13, 640 * 13 + 79)])

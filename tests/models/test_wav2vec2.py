@@ -15,8 +15,10 @@ from convert.registry import identify
 from emv3_jax.checkpoint import write_safetensors
 from emv3_jax.config import Wav2Vec2Config
 from emv3_jax.layers import gelu_exact
+from emv3_jax.models import wav2vec2 as model_file
 from emv3_jax.models.wav2vec2 import (
     Block,
+    ConvFeatures,
     PositionalConv,
     Wav2Vec2,
     feature_count,
@@ -35,9 +37,10 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 @partial(jax.jit, static_argnames=("cfg", "method", "frames"))
-def run(params, x, cfg=TINY, method="__call__", frames=None):
-    """Compiled: op by op the model takes four times as long."""
-    return Wav2Vec2(cfg).apply({"params": params}, x, *([frames] if frames else []), method=method)
+def run(params, x, cfg=TINY, method="__call__", frames=None, real=None):
+    """Compiled: op by op the model takes four times as long. real: how much of x is not padding."""
+    more = [number for number in (frames, real) if number is not None]
+    return Wav2Vec2(cfg).apply({"params": params}, x, *more, method=method)
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +145,7 @@ def test_scanned_blocks_equal_a_loop(params, golden):
     x, block = states[:, 0], jax.jit(Block(TINY).apply)
     for layer in (1, 2):
         own = jax.tree.map(lambda leaf, layer=layer: leaf[layer], params["encoder"]["blocks"])
-        x, _ = block({"params": own}, x)
+        x, _ = block({"params": own}, x, jnp.ones(49, bool))
         np.testing.assert_allclose(x, states[:, layer], atol=1e-5)
     assert np.abs(np.diff(states, axis=1)).max() > 0.1  # each block has its own weights
 
@@ -166,6 +169,33 @@ def test_lengths(params, golden):
         assert out.shape == (3, feature_count(TINY, samples), 32)
     shortest = run(params, golden["wave"][:, :400])
     assert shortest.shape == (1, 1, 32) and np.isfinite(shortest).all()
+
+
+def test_first_norm_over_a_long_sound_with_an_offset(monkeypatch):
+    """Pieces whose levels differ a thousandfold around an offset a thousand times the faint ones."""
+    monkeypatch.setattr(model_file, "PIECE", 4)
+    rng = np.random.default_rng(0)
+    real = 2711
+    wave = np.float32(1.0 + rng.standard_normal((1, 3000)) * np.where(np.arange(3000) < 1400, 1e-3, 1.0))
+    kernel = rng.standard_normal((10, 1, 16)).astype(np.float32)
+    windows = np.lib.stride_tricks.sliding_window_view(wave[0, :real].astype(np.float64), 10)[::5]
+    expected = windows @ kernel[:, 0].astype(np.float64)
+    variables = {"params": {"conv0": {"kernel": kernel}}}
+    apply = partial(ConvFeatures(TINY).apply, size=4, method="statistics")
+    mean, variance = jax.jit(apply)(variables, wave, np.int32(real))
+    np.testing.assert_allclose(mean[0, 0], expected.mean(axis=0), rtol=1e-5)
+    np.testing.assert_allclose(variance[0, 0], expected.var(axis=0), rtol=1e-5)
+
+
+def test_memory_is_that_of_a_few_states():
+    """Ten minutes: no more than two waves, eight states [A, D] and the attention of a piece; all at once it was twice
+    as much at this narrow width, twelve times at full size."""
+    cfg = dataclasses.replace(TINY, width=64, ffn=256, conv_width=32)
+    samples = 600 * 16_000
+    wave = jax.ShapeDtypeStruct((1, samples), jnp.float32)
+    compiled = run.lower(wav2vec2.target_tree(cfg), wave, cfg=cfg).compile()
+    grown = 2 * samples + feature_count(cfg, samples) * (8 * cfg.width + 2 * model_file.PIECE)
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * grown
 
 
 def test_silence_is_finite(params):
@@ -271,9 +301,11 @@ def huggingface():
     return build
 
 
-def test_agrees_with_transformers(huggingface):
+def test_agrees_with_transformers(huggingface, monkeypatch):
+    """In five pieces of 13 features, too: the other implementation takes the sound whole."""
     import torch
 
+    monkeypatch.setattr(model_file, "PIECE", 15)
     model = huggingface("Wav2Vec2Model")
     wave = np.random.default_rng(1).standard_normal((2, 1237)).astype(np.float32)
     with torch.no_grad():
@@ -286,6 +318,15 @@ def test_agrees_with_transformers(huggingface):
     assert relative_error(states[:, -1], expected.last_hidden_state.numpy()) < 1e-5
     for layer in range(OTHER.layers):
         assert relative_error(states[:, layer], expected.hidden_states[layer + 1].numpy()) < 1e-5
+    # Loud padding is not heard; of the pieces, more then, the last are padding alone.
+    real = len(features[0])
+    longer = np.concatenate([wave, 9 * wave[:, ::-1]], axis=1)
+    padded = np.array(run(params, longer, cfg=OTHER, method="conv_features", real=np.int32(1237)))
+    assert padded.shape[1] > 2 * real
+    assert relative_error(padded[:, :real], features) < 1e-5
+    padded[:, real:] *= 9
+    heard = run(params, padded, cfg=OTHER, method="encode", real=np.int32(real))
+    assert relative_error(heard[:, :, :real], states) < 1e-5
     for steps in (1, 23, len(features[0]), 200):
         interpolated = torch.nn.functional.interpolate(
             torch.from_numpy(np.array(features)).mT, size=steps, mode="linear", align_corners=True
