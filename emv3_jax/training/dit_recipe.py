@@ -268,7 +268,8 @@ class DiTRecipe:
         if examples.encoders_trained(self.preset):
             weights = {**weights, **dict(self.frozen)}
         checkpoint.save_models(folder, weights, self.cfg.export_dtype)
-        pipeline.record_training(folder, self.preset, self.phda)
+        elsewhere = [role for role in pipeline.expected_params(self.preset) if role not in weights]
+        pipeline.record_training(folder, self.preset, self.phda, self.cfg.frozen_weights, elsewhere)
 
     def work(self, batch: dict[str, Any]) -> tuple[int, float]:
         """Tokens of a batch, and FLOPs of a step on it: forward, backward and, for remat, forward again; a preference

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +11,13 @@ import ml_collections
 import numpy as np
 import pytest
 
-from emv3_jax import checkpoint, command_line, conditioning
+from emv3_jax import checkpoint, command_line, conditioning, pipeline
 from emv3_jax.config import DEMO, PRESETS
 from emv3_jax.data import builder
 from emv3_jax.data.examples import TRAINED_TASKS
 from emv3_jax.data.extract import Extractor, encoder_hash
 from emv3_jax.data.puppets import Puppets
+from emv3_jax.diffusion.phda import EVEN
 from emv3_jax.errors import UserError
 from emv3_jax.models import vae as vae_model
 from emv3_jax.options import SamplingOptions
@@ -244,6 +246,55 @@ def test_trained_weights_know_their_sizes_and_their_phases(make, tiny, tmp_path,
     (tmp_path / "trained.json").write_text('{"model": {"layers')
     with pytest.raises(UserError, match="trained.json is damaged"):
         load_pipeline("tiny", tmp_path)
+
+
+@pytest.fixture
+def half_frozen(make, tiny, weights, tmp_path, monkeypatch) -> pathlib.Path:
+    """Exported weights of a transformer whose encoders were not trained: trained/, beside what it needs in base/."""
+    frozen = dataclasses.replace(tiny, vocabulary=())
+    monkeypatch.setitem(PRESETS, "tiny", frozen)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base" / "tokenizer").mkdir(parents=True)
+    for role in ("dit", "text", "image", "vae"):
+        shutil.copy(weights / f"{role}.safetensors", tmp_path / "base")
+    recipe = DiTRecipe(make(frozen_weights="base", init_from="base").cfg, frozen)
+    recipe.export({"dit": jax.tree.map(lambda leaf: leaf + 1, recipe.init()["dit"])}, {}, tmp_path / "trained")
+    return tmp_path / "trained"
+
+
+def test_what_was_frozen_is_read_from_where_the_run_read_it(half_frozen, weights, tmp_path, monkeypatch):
+    read = []
+    monkeypatch.setattr(conditioning, "tokenizer", lambda preset, folder=None: read.append(folder))
+    assert [path.name for path in half_frozen.glob("*.safetensors")] == ["dit.safetensors"]
+    preset = PRESETS["tiny"]
+    monkeypatch.chdir("/")
+    pipeline.load_tokenizer(preset, half_frozen)
+    assert read == [tmp_path / "base" / "tokenizer"]
+    params = pipeline.load_models(preset, half_frozen, ("dit", "text", "image", "vae"))
+    assert arrays_equal(params["vae"], checkpoint.load_params(weights / "vae.safetensors"))
+    assert not arrays_equal(params["dit"], checkpoint.load_params(weights / "dit.safetensors"))
+    trained, base = (pipeline.weight_hashes("tiny", folder) for folder in (half_frozen, tmp_path / "base"))
+    assert [role for role in base if base[role] != trained[role]] == ["dit"]
+    shutil.copytree(half_frozen, tmp_path / "further")  # trained in turn beside trained weights
+    pipeline.record_training(tmp_path / "further", preset, EVEN, str(half_frozen), ("text", "image", "vae"))
+    assert pipeline.weight_hashes("tiny", tmp_path / "further") == trained
+
+
+def test_frozen_models_that_are_gone_are_told(half_frozen, tmp_path, monkeypatch):
+    preset = PRESETS["tiny"]
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "base").rename(tmp_path / "moved" / "base")
+    told = f"trained beside those of {tmp_path}/base, which is gone: put it back, or name the folder with "
+    with pytest.raises(UserError, match=told + "tokenizer in .*trained.json"):
+        pipeline.load_tokenizer(preset, half_frozen)
+    with pytest.raises(UserError, match=told + "text"):
+        pipeline.load_models(preset, half_frozen, ("dit", "text"))
+    assert dict(pipeline.load_models(preset, half_frozen, ("dit",)))  # which needs nothing else
+    monkeypatch.chdir(tmp_path / "moved")  # with the project that the folder was given in
+    assert pipeline.locate(half_frozen, "vae", preset) == pathlib.Path("base/vae.safetensors")
+    (half_frozen / "dit.safetensors").unlink()
+    with pytest.raises(UserError, match="no converted weights at .*trained/dit-tiny"):  # never those it started from
+        dict(pipeline.load_models(preset, half_frozen, ("dit",)))
 
 
 def test_data_of_another_vae_is_refused(make, tiny_pipeline, tmp_path):
