@@ -6,7 +6,9 @@ python train.py --config configs/finetune.py --workdir runs/finetune
 python sample.py --config configs/preview.py --config.weights=runs/finetune/weights ...
 
 Everything of sft_1b.py but where it starts and how fast it learns. --config.preset=flash for the flash transformer.
-Released weights were not trained with PhDA, so every modality counts the same throughout (phda is empty).
+Released weights were not trained with PhDA, so every modality counts the same throughout (phda is empty). Weights that
+were (those of sft_1b.py) are to go on as they are used: --config.init_from=DIR, and sft_1b's phda in place of {} below;
+a run that begins otherwise says so.
 """
 
 import ml_collections

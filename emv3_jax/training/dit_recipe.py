@@ -103,8 +103,15 @@ class DiTRecipe:
     # Batches.
 
     def open(self) -> None:
-        """Opens the dataset or the negatives, and plans the batches."""
-        _ = self._plan if self.cfg.objective == SFT else self._negatives
+        """Opens the dataset or the negatives, plans the batches, and says what of it may not be expected."""
+        notes = starts.notes(self.preset, self.cfg.init_from, self.phda)
+        if self.cfg.objective == SFT:
+            notes += self._plan.notes()
+        else:
+            _ = self._negatives
+        if jax.process_index() == 0:
+            for note in notes:
+                print(f"note: {note}", flush=True)
 
     def restarts(self) -> tuple[int, ...]:
         """The steps after which other tasks join, if the weights go on from the moving average there."""
@@ -118,6 +125,7 @@ class DiTRecipe:
                 f"the dataset {self.cfg.data} was made with another VAE than that of {self.cfg.frozen_weights}: make it"
                 " again, or give that VAE"
             )
+        data.check_weights(self.cfg.frozen_weights, [role for role in data.record.get("weights", {}) if role != "vae"])
         return data
 
     @functools.cached_property
