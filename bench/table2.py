@@ -183,7 +183,8 @@ class Bench:
         some, made, scores = self.data.examples(numbers), [], []
         for first in range(0, len(numbers), BATCH):
             part = some[first : first + BATCH]
-            latents = negatives.generate(pipe, SamplingOptions(**stage.sampling), part, "i2v", 1000 * seed + first)
+            seeds = range(1000 * seed + first, 1000 * seed + first + len(part))
+            latents = negatives.generate(pipe, SamplingOptions(**stage.sampling), part, "i2v", seeds)
             made += list(latents)
             for example, video in zip(part, evaluation.decode(pipe, latents.astype(np.float32)), strict=True):
                 scores.append(metrics.score_clip(video, negatives.puppet_of(example["id"].decode(), len(video))))

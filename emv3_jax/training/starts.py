@@ -60,8 +60,8 @@ def notes(preset: Preset, folder: str, phda: PhDAConfig) -> list[str]:
     if before is None or _phases(before) == _phases(phda):
         return []
     return [
-        f"the weights in {folder} were trained with PhDA {_phases(before)}, and go on with {_phases(phda)} (config key"
-        " phda)"
+        f"the weights in {folder} were trained with PhDA of {_phases(before)}, and go on with that of {_phases(phda)}"
+        " (config key phda)"
     ]
 
 
@@ -69,4 +69,4 @@ def _phases(phda: PhDAConfig) -> str:
     """Boundaries by modality, in words."""
     bounds = {name: getattr(phda, name) for name in MODALITIES}
     said = [f"{name} {'-'.join(f'{value:g}' for value in some)}" for name, some in bounds.items() if some]
-    return ", ".join(said) or "of no modality"
+    return ", ".join(said) or "no modality"
