@@ -6,9 +6,7 @@ python train.py --config configs/finetune.py --workdir runs/finetune
 python sample.py --config configs/preview.py --config.weights=runs/finetune/weights ...
 
 Everything of sft_1b.py but where it starts and how fast it learns. --config.preset=flash for the flash transformer.
-Released weights were not trained with PhDA, so every modality counts the same throughout (phda is empty). Weights that
-were (those of sft_1b.py) are to go on as they are used: --config.init_from=DIR, and sft_1b's phda in place of {} below;
-a run that begins otherwise says so.
+Released weights were not trained with PhDA, so every modality counts the same throughout (phda is empty).
 """
 
 import ml_collections
@@ -20,7 +18,7 @@ STEPS = 3000
 
 def get_config() -> ml_collections.ConfigDict:
     cfg = sft_1b.get_config()
-    cfg.phda = {}
+    cfg.phda = {}  # weights that were trained with PhDA (sft_1b.py) go on with it without this line
     cfg.update(
         {
             "silent_audio": False,

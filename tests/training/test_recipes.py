@@ -14,7 +14,7 @@ from tiny_runs import arrays_equal, config
 from emv3_jax import checkpoint, conditioning, pipeline
 from emv3_jax.config import DEMO, PRESETS
 from emv3_jax.data.examples import TRAINED_TASKS
-from emv3_jax.diffusion.phda import EVEN
+from emv3_jax.diffusion.phda import EVEN, PhDAConfig
 from emv3_jax.errors import UserError
 from emv3_jax.models import vae as vae_model
 from emv3_jax.pipeline import expected_params, load_pipeline
@@ -179,7 +179,7 @@ def test_dit_is_scored_and_its_weights_come_back(dit, make, tiny, tiny_pipeline,
     assert arrays_equal(make(init_from=str(tmp_path)).init(), params)
 
 
-def test_trained_weights_know_their_sizes_and_their_phases(make, tiny, tmp_path, monkeypatch, capsys):
+def test_trained_weights_know_their_sizes_and_their_phases(make, tiny, tmp_path, monkeypatch):
     """load_pipeline needs no config for them, whatever the preset's own sizes are."""
     recipe = make(phda={"audio": (500.0, 600.0, 1.0, 0.0)})
     recipe.export(recipe.init(), {}, tmp_path)
@@ -189,19 +189,20 @@ def test_trained_weights_know_their_sizes_and_their_phases(make, tiny, tmp_path,
     pipe = load_pipeline("tiny", tmp_path, dtype="float32")
     assert pipe.preset.dit == tiny.dit
     np.testing.assert_allclose(pipe.velocity().weights(jnp.array([900.0])), [[1.0, 1.0, 0.0]])
-    capsys.readouterr()
-    make(init_from=str(tmp_path)).open()  # with the phases of demo_dit.py
-    before, now = "image 166.667-333.333, audio 500-600-1-0", "image 166.667-333.333, audio 500-666.667"
-    note = (
-        f"the weights in {tmp_path} were trained with PhDA of {before}, and go on with that of {now} (config key phda)"
-    )
-    assert capsys.readouterr().out == f"note: {note}\n"
-    make(init_from=str(tmp_path), phda=recipe.cfg.phda).open()
-    assert capsys.readouterr().out == ""
-    assert "go on with that of no modality" in starts.notes(tiny, str(tmp_path), EVEN)[0]
     (tmp_path / "trained.json").write_text('{"model": {"layers')
     with pytest.raises(UserError, match="trained.json is damaged"):
         load_pipeline("tiny", tmp_path)
+
+
+def test_weights_that_go_on_with_other_phases_are_told(make, tiny, tmp_path, capsys):
+    phases = PhDAConfig(text=None, image=None, audio=(500.0, 600.0, 1.0, 0.0))
+    pipeline.record_training(tmp_path, tiny, phases)
+    make(init_from=str(tmp_path)).open()  # with the phases of demo_dit.py
+    now = "image 166.667-333.333, audio 500-666.667"
+    note = f"the weights in {tmp_path} were trained with PhDA of audio 500-600-1-0, and go on with that of {now}"
+    assert capsys.readouterr().out == f"note: {note} (config key phda)\n"
+    assert starts.notes(tiny, str(tmp_path), phases) == starts.notes(tiny, "", EVEN) == []
+    assert "go on with that of no modality" in starts.notes(tiny, str(tmp_path), EVEN)[0]
 
 
 @pytest.fixture
