@@ -9,6 +9,7 @@ import argparse
 import pathlib
 import signal
 import sys
+from typing import Any
 
 from emv3_jax import command_line
 from emv3_jax.errors import UserError
@@ -24,14 +25,23 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--processes", type=int, help="how many there are")
     parser.add_argument("--process", type=int, help="which one this is, from 0")
     options, cfg = command_line.parse(parser, arguments)
+    try:
+        stopped = train(options, cfg)
+    except command_line.Terminated:  # while it started, waited or wrote: nothing that was saved is lost by it
+        print("stopped by SIGTERM; the same command goes on from what is saved", flush=True)
+        return 0
+    return 128 + stopped if stopped == signal.SIGINT else 0  # SIGTERM is how a machine is taken back: all is saved
+
+
+def train(options: argparse.Namespace, cfg: Any) -> int:
+    """What the config asks for; returns as loop.train."""
     command_line.setup_compile_cache()
     join_others(options)
 
     from emv3_jax.training import cycle, loop, recipes
 
     workdir = pathlib.Path(options.workdir)
-    stopped = cycle.train(cfg, workdir) if "cycle" in cfg else loop.train(recipes.build(cfg), cfg, workdir)
-    return 128 + stopped if stopped == signal.SIGINT else 0  # SIGTERM is how a machine is taken back: all is saved
+    return cycle.train(cfg, workdir) if "cycle" in cfg else loop.train(recipes.build(cfg), cfg, workdir)
 
 
 def join_others(options: argparse.Namespace) -> None:

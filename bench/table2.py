@@ -55,6 +55,7 @@ from emv3_jax.training.dit_recipe import SFT, DiTRecipe
 CLIPS, FRAMES, FIRST_CLIP = 24, 65, 5000  # held-out puppets that nothing else uses
 NEGATIVES, BATCH = 32, 8
 MEASURES = {"sync": "up", "motion": "up", "identity": "down", "distance": "down", "seam": "down"}
+SEEDS, SCALE = 3, 1.0  # of the table; what other runs keep has their numbers in its name
 WINDOWS = {"steps": 8, "shift": 3.0, "text_scale": 2.0, "audio_scale": 2.0, "window": 33, "overlap": 3,
            "noise": "fresh"}  # fmt: skip
 
@@ -100,7 +101,7 @@ class Held(Dataset):
 
 
 class Bench:
-    """Trains and scores rows; everything that is slow is kept under `out`."""
+    """Trains and scores rows; everything that is slow is kept under `out`, by seeds and scale (`run_name`)."""
 
     def __init__(self, out: pathlib.Path, data: str, seeds: int, scale: float):
         self.out, self.seeds, self.scale = out, seeds, scale
@@ -113,17 +114,18 @@ class Bench:
 
     def recipe(self, cfg: Any, seed: int) -> DiTRecipe:
         """A stage's recipe for one seed."""
-        cfg = ml_collections.ConfigDict(cfg.to_dict())
+        cfg = copied(cfg)
         cfg.seed = seed
         made = DiTRecipe(cfg, self.preset)
         made.__dict__["data"] = self.data
         return made
 
     def shortened(self, cfg: Any) -> Any:
-        """A stage with all numbers of steps scaled, for a quick look."""
+        """A stage with all numbers of steps scaled, for a quick look; the given one stays as it is."""
         if self.scale == 1:
             return cfg
         times = lambda n: max(8, round(n * self.scale))  # noqa: E731
+        cfg = copied(cfg)
         with cfg.unlocked():
             cfg.steps, cfg.warmup_steps = times(cfg.steps), 2
             for key in ("stages", "tasks", "learning_rates"):
@@ -162,7 +164,7 @@ class Bench:
 
     def train(self, row: Row) -> Any:
         """A row's weights, stacked over seeds. Stages that rows have in common are trained once."""
-        params = self.stage(f"base_{digest(self.base)}", self.base, None)
+        params = self.stage(run_name(f"base_{digest(self.base)}", self.seeds, self.scale), self.base, None)
         params = {**params, "dit": jax.vmap(silent)(params["dit"])}
         cfg = row.config.get_config()
         cfg.data = self.base.data
@@ -183,7 +185,8 @@ class Bench:
         some, made, scores = self.data.examples(numbers), [], []
         for first in range(0, len(numbers), BATCH):
             part = some[first : first + BATCH]
-            latents = negatives.generate(pipe, SamplingOptions(**stage.sampling), part, "i2v", 1000 * seed + first)
+            seeds = range(1000 * seed + first, 1000 * seed + first + len(part))
+            latents = negatives.generate(pipe, SamplingOptions(**stage.sampling), part, "i2v", seeds)
             made += list(latents)
             for example, video in zip(part, evaluation.decode(pipe, latents.astype(np.float32)), strict=True):
                 scores.append(metrics.score_clip(video, negatives.puppet_of(example["id"].decode(), len(video))))
@@ -195,7 +198,7 @@ class Bench:
 
     def measure(self, key: str) -> list[dict[str, float]]:
         """A row's measures, one a seed; kept from before if they are."""
-        path = self.out / f"{key}.json"
+        path = self.out / f"{run_name(key, self.seeds, self.scale)}.json"
         if path.exists():
             return json.loads(path.read_text())
         started, row = time.monotonic(), ROWS[key]
@@ -264,14 +267,24 @@ def silent(params: Any) -> Any:
     return starts.silent(params)
 
 
+def copied(cfg: Any) -> ml_collections.ConfigDict:
+    """A config of one's own."""
+    return ml_collections.ConfigDict(cfg.to_dict())
+
+
+def run_name(name: str, seeds: int, scale: float) -> str:
+    """The name of what a run keeps, which says its seeds and scale unless they are those of the table."""
+    return name if (seeds, scale) == (SEEDS, SCALE) else f"{name}_{seeds}seeds_x{scale:g}"
+
+
 def digest(value: Any) -> str:
     """Of a config or a list of them."""
     value = value.to_dict() if isinstance(value, ml_collections.ConfigDict) else value
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
-def table(out: pathlib.Path) -> str:
-    """The rows that have been measured."""
+def table(out: pathlib.Path, seeds: int = SEEDS, scale: float = SCALE) -> str:
+    """The rows that have been measured with so many seeds, at a scale."""
     lines = [
         "| row | "
         + " | ".join(f"{name} ({way})" for name, way in MEASURES.items())
@@ -279,12 +292,12 @@ def table(out: pathlib.Path) -> str:
         "| --- " * (len(MEASURES) + 2) + "|",
     ]
     for key, row in ROWS.items():
-        if not (path := out / f"{key}.json").exists():
+        if not (path := out / f"{run_name(key, seeds, scale)}.json").exists():
             continue
-        seeds = json.loads(path.read_text())
+        found = json.loads(path.read_text())
         cells = []
         for name in MEASURES:
-            values = np.array([seed[name] for seed in seeds])
+            values = np.array([seed[name] for seed in found])
             cells.append(f"{values.mean():.3f} ± {values.std(ddof=1) if len(values) > 1 else 0:.3f}")
         lines.append(f"| {row.title} | {' | '.join(cells)} | {', '.join(map(str, row.paper))} |")
     return "\n".join(lines)
@@ -294,17 +307,17 @@ def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rows", nargs="*", choices=ROWS, default=list(ROWS))
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--data", default="data/puppets33")
     parser.add_argument("--out", type=pathlib.Path, required=True)
-    parser.add_argument("--scale", type=float, default=1.0, help="of all numbers of steps, for a quick look")
+    parser.add_argument("--scale", type=float, default=SCALE, help="of all numbers of steps, for a quick look")
     args = parser.parse_args()
     command_line.setup_compile_cache()
     if args.rows:
         bench = Bench(args.out, args.data, args.seeds, args.scale)
         for key in args.rows:
             bench.measure(key)
-    print(table(args.out))
+    print(table(args.out, args.seeds, args.scale))
     return 0
 
 

@@ -20,7 +20,7 @@ STEPS = 3000
 
 def get_config() -> ml_collections.ConfigDict:
     cfg = sft_1b.get_config()
-    cfg.phda = {}
+    cfg.phda = {}  # weights that were trained with PhDA (sft_1b.py) go on with it without this line
     cfg.update(
         {
             "silent_audio": False,

@@ -42,17 +42,17 @@ def run_main(main: Callable[[list[str]], int | None], arguments: Sequence[str] |
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
-    except _Terminated:
+    except Terminated:
         print("terminated", file=sys.stderr)
         return 128 + signal.SIGTERM
 
 
-class _Terminated(SystemExit):
-    """SIGTERM came."""
+class Terminated(SystemExit):
+    """SIGTERM came, under `run_main`."""
 
 
 def _terminate(number: int, frame: object) -> NoReturn:
-    raise _Terminated(128 + number)
+    raise Terminated(128 + number)
 
 
 class Parser(argparse.ArgumentParser):

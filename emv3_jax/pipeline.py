@@ -11,7 +11,7 @@ import hashlib
 import json
 import pathlib
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -274,7 +274,7 @@ def load_pipeline(
     Args:
       name: of a preset.
       weights: a folder that `train.py` wrote, or one that `python -m convert to-jax` wrote, with the tokenizer in it;
-        default: the shipped weights.
+        default: the shipped weights. What a run did not train is read from where that run read it.
       dtype: of the transformer's matmuls, "float32" or "bfloat16"; default: bfloat16 on accelerators, where it is many
         times faster, float32 on a CPU, where it is slower.
       mesh: spreads parameters and sampling over devices (`sharding.make_mesh`); default: the first device does it all.
@@ -288,18 +288,53 @@ def load_pipeline(
         raise UserError(f"there is no preset {name!r}: one of {', '.join(sorted(PRESETS))}")
     preset, phda = as_trained(preset or with_dtype(PRESETS[name], dtype), weights)
     words = words or load_tokenizer(preset, weights)
-    loaders = _loaders(preset, weights, mesh)
+    loaders = _loaders(preset, weights, mesh, expected_params(preset))
     params = LoadedWhenUsed(loaders) if low_memory else {role: load() for role, load in loaders.items()}
     return Pipeline(preset, params, phda, words, mesh)
 
 
-def record_training(folder: pathlib.Path, preset: Preset, phda: PhDAConfig) -> None:
-    """Writes down beside trained weights how they differ from their preset: sizes, and modality weights."""
+def record_training(
+    folder: pathlib.Path, preset: Preset, phda: PhDAConfig, frozen: str = "", roles: Sequence[str] = ()
+) -> None:
+    """Writes down beside trained weights how they differ from their preset (sizes, modality weights), and where the
+    models lie that were not trained and are not beside them.
+
+    Args:
+      frozen: their folder; empty: the shipped weights. roles: which they are; the tokenizer is with them.
+    """
     plain = dataclasses.asdict(PRESETS[preset.name].dit) if preset.name in PRESETS else {}
     here = dataclasses.asdict(preset.dit)
     sizes = {name: here[name] for name in here if name not in ("dtype", "remat") and here[name] != plain.get(name)}
+    record: dict[str, Any] = {"model": sizes, "phda": dataclasses.asdict(phda)}
+    if roles:
+        given = pathlib.Path(frozen or WEIGHTS / preset.name)
+        # As given it is found again where the whole project was moved to, from there.
+        record["frozen"] = {"roles": [*roles, TOKENIZER], "folder": str(given.absolute()), "given": str(given)}
     with atomic_path(folder / TRAINED) as path:
-        path.write_text(json.dumps({"model": sizes, "phda": dataclasses.asdict(phda)}, indent=1) + "\n")
+        path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _training_of(folder: pathlib.Path) -> tuple[dict[str, Any], PhDAConfig, dict[str, Any]] | None:
+    """What `record_training` wrote into a folder: sizes, modality weights, where frozen models are; None: nothing.
+
+    Raises:
+      UserError: the record is damaged.
+    """
+    path = folder / TRAINED
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text())
+        sizes = {name: tuple(v) if isinstance(v, list) else v for name, v in record["model"].items()}
+        phda = PhDAConfig.from_config({name: () if v is None else v for name, v in record["phda"].items()})
+        frozen = record.get("frozen") or {"roles": [], "folder": "", "given": ""}
+        return sizes, phda, {name: frozen[name] for name in ("roles", "folder", "given")}
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: pathlib.Path, error: Exception) -> UserError:
+    return UserError(f"{path} is damaged ({error}): copy it from where the weights came from")
 
 
 def as_trained(preset: Preset, weights: str | pathlib.Path | None) -> tuple[Preset, PhDAConfig | None]:
@@ -309,17 +344,14 @@ def as_trained(preset: Preset, weights: str | pathlib.Path | None) -> tuple[Pres
     Raises:
       UserError: the record is damaged.
     """
-    path = pathlib.Path(weights or WEIGHTS / preset.name) / TRAINED
-    if not path.is_file():
+    folder = pathlib.Path(weights or WEIGHTS / preset.name)
+    if (record := _training_of(folder)) is None:
         return preset, None
+    sizes, phda, _ = record
     try:
-        record = json.loads(path.read_text())
-        sizes, bounds = record["model"], record["phda"]
-        dit = dataclasses.replace(preset.dit, **{k: tuple(v) if isinstance(v, list) else v for k, v in sizes.items()})
-        phda = PhDAConfig.from_config({k: () if v is None else v for k, v in bounds.items()})
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise UserError(f"{path} is damaged ({error}): copy it from where the weights came from") from error
-    return dataclasses.replace(preset, dit=dit), phda
+        return dataclasses.replace(preset, dit=dataclasses.replace(preset.dit, **sizes)), phda
+    except TypeError as error:
+        raise _damaged(folder / TRAINED, error) from error
 
 
 def load_models(
@@ -327,18 +359,14 @@ def load_models(
 ) -> Mapping[str, Any]:
     """Some models of a preset by role ("dit", "text", "image", "vae", "speech"); other arguments, and errors, as of
     `load_pipeline`. `dict` of the result reads them all; otherwise one is read whenever it is asked for."""
-    loaders = _loaders(preset, weights, mesh)
-    return LoadedWhenUsed({role: loaders[role] for role in roles})
+    return LoadedWhenUsed(_loaders(preset, weights, mesh, roles))
 
 
 def _loaders(
-    preset: Preset, weights: str | pathlib.Path | None, mesh: jax.sharding.Mesh | None
+    preset: Preset, weights: str | pathlib.Path | None, mesh: jax.sharding.Mesh | None, roles: Iterable[str]
 ) -> dict[str, Callable[[], Any]]:
-    folder = pathlib.Path(weights or WEIGHTS / preset.name)
-    return {
-        role: functools.partial(_load_model, locate(folder, role, preset), like, mesh)
-        for role, like in expected_params(preset).items()
-    }
+    folder, shapes = pathlib.Path(weights or WEIGHTS / preset.name), expected_params(preset)
+    return {role: functools.partial(_load_model, locate(folder, role, preset), shapes[role], mesh) for role in roles}
 
 
 class LoadedWhenUsed(Mapping[str, Any]):
@@ -393,13 +421,48 @@ def load_tokenizer(preset: Preset, weights: str | pathlib.Path | None = None) ->
         raise UserError(
             f"no weights at {folder}: convert the released ones (python -m convert to-jax), or name a folder"
         )
-    return conditioning.tokenizer(preset, folder / TOKENIZER)
+    if preset.vocabulary:
+        return conditioning.tokenizer(preset)
+    home = _home(folder, TOKENIZER, lambda place: (place / TOKENIZER).is_dir())
+    return conditioning.tokenizer(preset, home / TOKENIZER)
 
 
 def locate(folder: pathlib.Path, role: str, preset: Preset) -> pathlib.Path:
-    """Where a model's weights lie in a folder: in a file of our own training, or else in a folder of converted ones."""
-    trained, made = folder / f"{role}.safetensors", folder / CONVERTED[role].format(preset.name)
-    return trained if trained.is_file() or (preset.vocabulary and not made.exists()) else made
+    """Where a model's weights lie in a folder: in a file of our own training, or else in a folder of converted ones;
+    of a model that was frozen in that training, in the folder that the run had it from.
+
+    Raises:
+      UserError: that folder is gone.
+    """
+    made = CONVERTED[role].format(preset.name)
+    home = _home(folder, role, lambda place: (place / f"{role}.safetensors").is_file() or (place / made).exists())
+    trained = home / f"{role}.safetensors"
+    return trained if trained.is_file() or (preset.vocabulary and not (home / made).exists()) else home / made
+
+
+def _home(folder: pathlib.Path, role: str, holds: Callable[[pathlib.Path], bool]) -> pathlib.Path:
+    """The folder that holds a model or the tokenizer: `folder`, or what its frozen models came from, and so on; where
+    none does, the last of them.
+
+    Raises:
+      UserError: one of them is gone.
+    """
+    passed = [folder]
+    while not holds(folder) and (record := _training_of(folder)):
+        frozen = record[2]
+        if role not in frozen["roles"]:
+            break
+        places = [pathlib.Path(frozen[name]) for name in ("folder", "given")]
+        if (there := next((place for place in places if place.is_dir()), None)) is None:
+            raise UserError(
+                f"the weights in {folder} were trained beside those of {places[0]}, which is gone: put it back, or name"
+                f" the folder with {role} in {folder / TRAINED} (frozen, folder)"
+            )
+        if there in passed:
+            break
+        passed.append(there)
+        folder = there
+    return folder
 
 
 def _load_model(path: pathlib.Path, like: Any, mesh: jax.sharding.Mesh | None) -> Any:

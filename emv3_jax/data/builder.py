@@ -84,7 +84,7 @@ def build(
     except OSError as error:
         raise UserError(f"--out {folder} cannot be made ({reason(error)}): give another") from error
     plan = {"format": FORMAT, "shards": shards, **identity, **source.describe()}
-    _check_plan(folder, plan)
+    check_plan(folder, plan)
     if (folder / RECORD).is_file():
         say(f"{folder} is complete already")
         return read_record(folder)
@@ -131,7 +131,12 @@ def _part(folder: Path, shard: int) -> Path:
     return folder / f"shard-{shard:05d}.array_record"
 
 
-def _check_plan(folder: Path, plan: dict[str, Any]) -> None:
+def check_plan(folder: Path, plan: dict[str, Any]) -> None:
+    """Writes down what a folder is being made of, and refuses to go on with it otherwise.
+
+    Raises:
+      UserError: it is being made of something else, or the plan there is damaged.
+    """
     path = folder / PLAN
     if not path.exists():
         with atomic_path(path) as temporary:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from emv3_jax import pipeline
 from emv3_jax.config import Preset
 from emv3_jax.data import builder, extra
 from emv3_jax.data.examples import Example
@@ -65,6 +66,22 @@ class Dataset:
         """What a clip is called."""
         return self.record["clips"][number][0]
 
+    def check_weights(self, weights: str, roles: Sequence[str]) -> None:
+        """Raises UserError unless the frozen models of some roles are those that the clips were seen by.
+
+        Args:
+          weights: their folder; empty: the shipped weights.
+          roles: of `record["weights"]`, which has the hashes of their files (the same values in another file differ).
+        """
+        if not roles:
+            return
+        hashes = pipeline.weight_hashes(self.record["preset"], weights, roles)
+        if others := [role for role in roles if hashes[role] != self.record["weights"][role]]:
+            raise UserError(
+                f"the dataset {self.folder} was made with other weights of {' and '.join(others)} than those of"
+                f" {weights or 'this program'}: make it again, or give those weights (config key frozen_weights)"
+            )
+
     def examples(self, numbers: Sequence[int]) -> list[Example]:
         """Clips by number.
 
@@ -99,17 +116,20 @@ class Plan:
         self._chosen, self._offset = np.zeros(steps + 1, np.int32), np.zeros(steps + 1, np.int64)
         used = np.zeros(len(self._buckets), np.int64)
         draws = np.random.default_rng([seed, 0x0B]).random(steps + 1)
+        self._kinds: list[tuple[tuple[int, int], np.ndarray]] = []  # those of the run, and which sizes they take
         shares: dict[tuple[int, int], np.ndarray] = {}
         for step in range(1, steps + 1):
             kind = tuple(kind_of_batch(stages, step))
             if kind not in shares:
-                shares[kind] = np.cumsum(self._shares(*kind))
+                counts = self._counts(*kind)
+                self._kinds.append((kind, counts > 0))
+                shares[kind] = np.cumsum(counts / counts.sum())
             bucket = min(int(np.searchsorted(shares[kind], draws[step], side="right")), len(used) - 1)
             self._chosen[step], self._offset[step] = bucket, used[bucket]
             used[bucket] += kind[1]
 
-    def _shares(self, frames: int, size: int) -> np.ndarray:
-        """How often each bucket is taken for batches of a kind: as often as it has clips."""
+    def _counts(self, frames: int, size: int) -> np.ndarray:
+        """How often each bucket is taken for batches of a kind: as often as it has clips; 0: never."""
         counts = np.array([len(numbers) * (bucket.frames >= frames) for bucket, numbers in self._buckets], float)
         if not counts.any():
             longest = max(bucket.frames for bucket, _ in self._buckets)
@@ -120,7 +140,22 @@ class Plan:
                 f"config key stages: no size of the dataset has {size} clips of {frames} frames or more: make batches"
                 " smaller, or prepare more clips"
             )
-        return counts / counts.sum()
+        return counts
+
+    def notes(self) -> list[str]:
+        """What no batch of the run is made of, a line each: sizes with too few clips, or too short ones."""
+        found = []
+        for number, (bucket, numbers) in enumerate(self._buckets):
+            if any(taken[number] for _, taken in self._kinds):
+                continue
+            short = all(bucket.frames < frames for (frames, _), _ in self._kinds)
+            why = f"shorter than the {min(frames for (frames, _), _ in self._kinds)} frames of a batch"
+            if not short:
+                fewest = min(size for (frames, size), _ in self._kinds if bucket.frames >= frames)
+                why = f"fewer than the {fewest} of a batch"
+            clips = f"{len(numbers)} clips of {bucket.frames} frames of {bucket.height} x {bucket.width}"
+            found.append(f"{clips} are never trained on: {why} (config key stages)")
+        return found
 
     def batch(self, step: int) -> tuple[int, np.ndarray]:
         """The step's (frames, numbers of clips [B])."""

@@ -249,8 +249,8 @@ class Films:
             if self.rules.face == "one" and max(map(len, boxes)) > 1:
                 return Dropped(name, "several faces", seconds)
             face = _around([media.choose_face(some, "largest") for some in boxes])
-        if self.sync:
-            offset, confidence = self.sync(video, wave, face)
+        if sync := self.sync:
+            offset, confidence = _asked("the sync model", lambda: tuple(map(float, sync(video, wave, face))))
             if not confidence >= self.rules.min_confidence:
                 return Dropped(name, "the sync model is not confident", seconds)
             if not abs(offset) <= self.rules.max_offset:
@@ -276,10 +276,21 @@ def _length(source: media.VideoSource) -> int:
     return len(source.shown(FPS))
 
 
+def _asked(what: str, ask: Callable[[], Any]) -> Any:
+    """What somebody else's code says of a clip. Raises UserError, which drops the film, for whatever it raises."""
+    try:
+        return ask()
+    except UserError:
+        raise
+    except Exception as error:  # not ours: it may raise anything
+        reason = next(iter(str(error).splitlines()), "")[:150]
+        raise UserError(f"{what} failed ({type(error).__name__}{': ' * bool(reason)}{reason})") from error
+
+
 def _faces(frame: np.ndarray, height: int, width: int) -> list[Box]:
     """The faces of a film's frame that are seen in a height x width clip, in its pixels."""
     boxes = []
-    for box in media.detect_faces(frame):
+    for box in _asked("the face detector", lambda: media.detect_faces(frame)):
         with contextlib.suppress(UserError):  # it lies in what is cut off
             boxes.append(fit_box(box, frame.shape[0], frame.shape[1], height, width))
     return boxes

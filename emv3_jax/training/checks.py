@@ -17,7 +17,10 @@ from emv3_jax.errors import UserError
 from emv3_jax.models.dit import REMAT
 from emv3_jax.pipeline import SamplingOptions
 from emv3_jax.training import state as train_state
+from emv3_jax.training.dit_recipe import SFT
 from emv3_jax.training.losses import PREFERENCES
+from emv3_jax.training.schedule import Stages
+from emv3_jax.training.verdicts import ISSUES
 
 Test = tuple[Callable[[Any], bool], str]
 CROP_FRAMES = 497  # the longest 4k + 1 that fits into the sentences that crops are cut from (clips.sample_crops)
@@ -39,8 +42,9 @@ def _number(passes: Callable[[float], bool], words: str) -> Test:
 
 
 def one_of(*names: str) -> Test:
-    """One of some names."""
-    return lambda value: value in names, "one of " + ", ".join(names)
+    """One of some names; "" is said as: or empty."""
+    words = "one of " + ", ".join(filter(None, names)) + (", or empty" if "" in names else "")
+    return lambda value: value in names, words
 
 
 def _frames(value: Any) -> bool:
@@ -108,7 +112,7 @@ DIT: dict[str, Test] = {
     "objective": one_of("sft", *PREFERENCES),
     "beta": POSITIVE,
     "negatives": TEXT,
-    "issue": TEXT,
+    "issue": one_of("", *ISSUES),
     "drop_both": SHARE,
     "drop_audio": SHARE,
     "shift": POSITIVE,
@@ -153,7 +157,7 @@ def vae(cfg: Any, preset: Preset) -> list[str]:
         return _frames(frames) and frames <= CROP_FRAMES and side % cell == 0 and side <= cfg.picture
 
     words = f"frames of 4k + 1 up to {CROP_FRAMES}, a side that is a multiple of {cell} up to picture, crops"
-    return wrong + stages(cfg, "(frames, side of the crop, crops)", fits, words)
+    return wrong + (stages(cfg, "(frames, side of the crop, crops)", fits, words) or parts(cfg))
 
 
 def dit(cfg: Any, preset: Preset) -> list[str]:
@@ -183,7 +187,8 @@ def dit(cfg: Any, preset: Preset) -> list[str]:
         except (UserError, TypeError) as error:
             wrong.append(f"config key {section}: {error}")
     words = "frames of 4k + 1 of at least 5, and how many clips"
-    return wrong + stages(cfg, "(first frames of a clip, clips)", lambda kind: _frames(kind[0]) and kind[0] >= 5, words)
+    fits = lambda kind: _frames(kind[0]) and kind[0] >= 5  # noqa: E731
+    return wrong + (stages(cfg, "(first frames of a clip, clips)", fits, words) or parts(cfg))
 
 
 ADAPTERS: dict[str, Test] = {"rank": whole(1), "scale": POSITIVE, "on": PATH}
@@ -216,13 +221,40 @@ def stages(cfg: Any, kind_is: str, fits: Callable[[Sequence[int]], bool], words:
     return [f"config key stages: a kind of batch is {kind_is}: {words}; got {' and '.join(wrong)}"] if wrong else []
 
 
-def note(cfg: Any) -> str | None:
-    """What it means that `steps` is not where `stages` ends, or None where it is."""
-    end = cfg.stages[-1][0]
-    if cfg.steps == end:
-        return None
-    stages = "what comes later in it is not reached" if cfg.steps < end else "its last part goes on"
-    return (
-        f"the run ends at step {cfg.steps} and config key stages at {end}: {stages}; the learning rate falls to its end"
-        f" at step {cfg.steps}"
-    )
+def parts(cfg: Any) -> list[str]:
+    """What is wrong with `micro_batches` for any batch of `cfg.stages` that the run comes to; 0 fits itself to all.
+
+    Of pairs too it divides the clips, so that no pair is torn apart.
+    """
+    count = cfg.get("micro_batches")
+    if not (whole(1)[0](count) and whole(1)[0](cfg.get("steps"))):
+        return []
+    sizes = {kind[-1] for kinds in _reached(cfg.stages, cfg.steps) for kind in kinds}
+    odd = sorted(size for size in sizes if size % count)
+    words = f"config key micro_batches: {count} does not divide a batch of {' and of '.join(map(str, odd))}"
+    return [f"{words} (config key stages)"] if odd else []
+
+
+def _reached(stages: Stages, steps: int) -> list[Any]:
+    """What ((last step, what), ...) says of the steps of a run."""
+    begins = [0, *(until for until, _ in stages)]
+    return [what for begin, (_, what) in zip(begins, stages, strict=False) if begin < steps]
+
+
+def notes(cfg: Any) -> list[str]:
+    """What it means that `steps` is not where `stages` ends, and that it ends before all of `tasks`, a line each."""
+    found, end = [], cfg.stages[-1][0]
+    if cfg.steps != end:
+        what = "what comes later in it is not reached" if cfg.steps < end else "its last part goes on"
+        found.append(
+            f"the run ends at step {cfg.steps} and config key stages at {end}: {what}; the learning rate falls to its"
+            f" end at step {cfg.steps}"
+        )
+    soups = cfg.get("tasks", ()) if cfg.get("objective") == SFT else ()  # negatives know their tasks
+    reached = _reached(soups, cfg.steps)
+    if len(reached) < len(soups):
+        trained = {name for soup in reached for name, _ in soup}
+        never = list(dict.fromkeys(name for _, soup in soups for name, _ in soup if name not in trained))
+        what = f"{' and '.join(never)} never join" if never else "later shares are not reached"
+        found.append(f"the run ends at step {cfg.steps}, before the last part of config key tasks: {what}")
+    return found

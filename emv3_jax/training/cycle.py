@@ -9,11 +9,13 @@ Every stage is an ordinary run in a folder of its own, which starts from the wei
     WORKDIR/weights          of the last stage
 
 The same command goes on wherever the cycle stopped. Where people review, it stops after the clips are made and says so.
+A stage for whose issue nothing was rejected is passed over; the next one starts from the weights of the one before.
 """
 
 import json
 import pathlib
 import shutil
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,6 +23,7 @@ import jax
 import ml_collections
 
 from emv3_jax import pipeline
+from emv3_jax.data import builder, examples
 from emv3_jax.errors import UserError
 from emv3_jax.files import atomic_path
 from emv3_jax.options import SamplingOptions
@@ -31,9 +34,9 @@ DONE = "done.json"
 REVIEW = {
     "clips": checks.whole(1),
     "batch": checks.whole(1),
-    "judge": checks.one_of("person", "metrics"),
+    "judge": checks.one_of("person", negatives.METRICS),
     "share": checks.SHARE,
-    "task": checks.TEXT,
+    "task": checks.one_of(*examples.TRAINED_TASKS),
 }
 
 
@@ -42,34 +45,91 @@ def train(cfg: Any, workdir: pathlib.Path) -> int:
 
     Args:
       cfg: a config of the DiT's recipe with `cycle`: ({"name": ..., changed keys}, ...), and `review`: clips, batch,
-        judge ("person" or "metrics"), share (of the clips that measures reject), task.
+        judge ("person" or "metrics"), share (of the clips that measures reject), task. `minutes` are those of all
+        stages together.
     Returns:
-      As loop.train; 0 too where people are to review first.
+      As loop.train; 0 too where people are to review first, or the time is over.
     Raises:
-      UserError: as the stages' recipes.
+      UserError: as the stages' recipes; what can be known before the first stage is told before it.
     """
-    stages = stage_configs(cfg, workdir)
+    started, stages, start = time.monotonic(), stage_configs(cfg, workdir), ""
+    check(cfg, stages)
     for folder, stage in stages:
-        if (folder / DONE).exists():
-            continue
-        recipe = recipes.build(stage)
-        assert isinstance(recipe, DiTRecipe)
-        if stage.objective != SFT and not _reviewed(cfg.review, stage, recipe):
-            return 0
-        loop.say(f"stage {folder.name}: {stage.objective}, {stage.steps} steps")
-        if stopped := loop.train(recipe, stage, folder):
-            return stopped
-        if cfg.minutes and not _finished(folder, stage.steps):
-            return 0
-        if jax.process_index() == 0:
-            with atomic_path(folder / DONE) as path:
-                path.write_text(json.dumps({"steps": stage.steps}) + "\n")
-        distributed.wait()
+        if start:
+            stage.init_from = start
+        if not (folder / DONE).exists():
+            if cfg.minutes:
+                left = cfg.minutes - (time.monotonic() - started) / 60
+                if distributed.any_of(left <= 0):
+                    return _time_is_over(folder)
+                with stage.ignore_type():
+                    stage.minutes = min(stage.minutes or left, left)
+            if (ended := _run(cfg.review, folder, stage)) is not None:
+                return ended
+        if json.loads((folder / DONE).read_text())["steps"]:
+            start = str(folder / "weights")
+    if not start:
+        loop.say("every stage was passed over, so there are no weights")
+        return 0
     weights = workdir / "weights"
     if jax.process_index() == 0:
-        shutil.copytree(stages[-1][0] / "weights", weights, dirs_exist_ok=True)
+        shutil.copytree(start, weights, copy_function=_copy, dirs_exist_ok=True)
     loop.say(f"weights of the last stage: {weights}")
     return 0
+
+
+def _run(review: Any, folder: pathlib.Path, stage: Any) -> int | None:
+    """Runs a stage. None: it is done; otherwise what `train` returns."""
+    recipe = recipes.build(stage)
+    assert isinstance(recipe, DiTRecipe)
+    if stage.objective != SFT:
+        if not _reviewed(review, stage, recipe):
+            return 0
+        if not negatives.rejected(stage.negatives, stage.issue):
+            what = f"for {stage.issue}" if stage.issue else "at all"
+            loop.say(f"stage {folder.name} is passed over: no clip was rejected {what} in {stage.negatives}")
+            _write_done(folder, 0)
+            return None
+    loop.say(f"stage {folder.name}: {stage.objective}, {stage.steps} steps")
+    if stopped := loop.train(recipe, stage, folder):
+        return stopped
+    if stage.minutes and not (folder / "checkpoints" / str(stage.steps)).exists():
+        return _time_is_over(folder)
+    _write_done(folder, stage.steps)
+    return None
+
+
+def _copy(source: str, target: str) -> None:
+    with atomic_path(target) as path:
+        shutil.copyfile(source, path)
+
+
+def _write_done(folder: pathlib.Path, steps: int) -> None:
+    """Says that a stage is done; steps: 0 where it was passed over."""
+    if jax.process_index() == 0:
+        with atomic_path(folder / DONE) as path:
+            path.write_text(json.dumps({"steps": steps}) + "\n")
+    distributed.wait()
+
+
+def _time_is_over(folder: pathlib.Path) -> int:
+    loop.say(f"the time is over (config key minutes); the same command goes on with stage {folder.name}")
+    return 0
+
+
+def check(cfg: Any, stages: list[tuple[pathlib.Path, Any]]) -> None:
+    """Raises UserError if the keys of any stage are not what they must be, all of them in one message."""
+    wrong: dict[str, list[str]] = {}
+    for folder, stage in stages:
+        lines = recipes.problems(stage)
+        judged = stage.get("objective", SFT) != SFT and cfg.review.judge == negatives.METRICS
+        if judged and stage.get("issue") not in negatives.JUDGES:
+            judges = ", ".join(negatives.JUDGES)
+            lines.append(f"config key issue must be one of {judges} where measures judge, got {stage.get('issue')!r}")
+        for line in lines:
+            wrong.setdefault(line, []).append(folder.name)
+    if wrong:
+        raise UserError("; ".join(f"{line} (in {' and '.join(names)})" for line, names in wrong.items()))
 
 
 def stage_configs(cfg: Any, workdir: pathlib.Path) -> list[tuple[pathlib.Path, Any]]:
@@ -93,19 +153,18 @@ def stage_configs(cfg: Any, workdir: pathlib.Path) -> list[tuple[pathlib.Path, A
             stage.update(changes)
             if found:
                 stage.init_from, stage.silent_audio = str(found[-1][0] / "weights"), False
-            if stage.objective != SFT:
+            if stage.get("objective", SFT) != SFT:
                 stage.negatives = str(folder / "review")
         found.append((folder, stage))
     return found
 
 
-def _finished(folder: pathlib.Path, steps: int) -> bool:
-    return (folder / "checkpoints" / str(steps)).exists()
-
-
 def _reviewed(review: Any, stage: Any, recipe: DiTRecipe) -> bool:
     """Whether the stage's negatives are there; makes the clips and, where measures judge, the verdicts."""
     folder = pathlib.Path(stage.negatives)
+    options = SamplingOptions(**stage.sampling)
+    hashes = pipeline.weight_hashes(recipe.preset.name, stage.init_from, recipe.trained)
+    plan = negatives.plan_of(recipe.preset, hashes, options, recipe.data, review.task, stage.seed)
     if not (folder / verdicts.CLIPS).exists():
         if jax.process_count() > 1:
             raise UserError(
@@ -113,12 +172,13 @@ def _reviewed(review: Any, stage: Any, recipe: DiTRecipe) -> bool:
                 f" emv3_jax.training.negatives --weights {stage.init_from} --out {folder} ...), then go on"
             )
         pipe = recipe.make_pipeline(pipeline.load_models(recipe.preset, stage.init_from, recipe.trained))
-        options = SamplingOptions(**stage.sampling)
-        negatives.sample(pipe, options, recipe.data, folder, review.clips, review.task, review.batch, stage.seed)
+        negatives.sample(pipe, options, recipe.data, folder, review.clips, review.batch, plan)
+    elif (folder / builder.PLAN).exists():
+        builder.check_plan(folder, plan)
     waiting = {row["id"] for row in verdicts.read_clips(folder)} - verdicts.read_verdicts(folder).keys()
     if not waiting:
         return True
-    if review.judge == "metrics":
+    if review.judge == negatives.METRICS:
         pipe = recipe.make_pipeline(pipeline.load_models(recipe.preset, stage.init_from, recipe.trained))
         count = negatives.judge(pipe, folder, stage.issue, review.share)
         loop.say(f"{count} clips rejected for {stage.issue}: {folder}")

@@ -103,8 +103,15 @@ class DiTRecipe:
     # Batches.
 
     def open(self) -> None:
-        """Opens the dataset or the negatives, and plans the batches."""
-        _ = self._plan if self.cfg.objective == SFT else self._negatives
+        """Opens the dataset or the negatives, plans the batches, and says what of it may not be expected."""
+        notes = starts.notes(self.preset, self.cfg.init_from, self.phda)
+        if self.cfg.objective == SFT:
+            notes += self._plan.notes()
+        else:
+            _ = self._negatives
+        if jax.process_index() == 0:
+            for note in notes:
+                print(f"note: {note}", flush=True)
 
     def restarts(self) -> tuple[int, ...]:
         """The steps after which other tasks join, if the weights go on from the moving average there."""
@@ -118,6 +125,7 @@ class DiTRecipe:
                 f"the dataset {self.cfg.data} was made with another VAE than that of {self.cfg.frozen_weights}: make it"
                 " again, or give that VAE"
             )
+        data.check_weights(self.cfg.frozen_weights, [role for role in data.record.get("weights", {}) if role != "vae"])
         return data
 
     @functools.cached_property
@@ -268,7 +276,8 @@ class DiTRecipe:
         if examples.encoders_trained(self.preset):
             weights = {**weights, **dict(self.frozen)}
         checkpoint.save_models(folder, weights, self.cfg.export_dtype)
-        pipeline.record_training(folder, self.preset, self.phda)
+        elsewhere = [role for role in pipeline.expected_params(self.preset) if role not in weights]
+        pipeline.record_training(folder, self.preset, self.phda, self.cfg.frozen_weights, elsewhere)
 
     def work(self, batch: dict[str, Any]) -> tuple[int, float]:
         """Tokens of a batch, and FLOPs of a step on it: forward, backward and, for remat, forward again; a preference

@@ -5,12 +5,17 @@
 Clips of the training data are made anew from their prompts, voices and first frames, by the weights that Negative DPO
 will refer to. They lie in a review folder: a video each to look at (python -m emv3_jax.training.review FOLDER), and
 the arrays that training needs. Clips of puppets may be judged by the measures of the small world instead:
---judge metrics. A run that was interrupted goes on when the same command is given again.
+--judge metrics; what a person said of them stays. A run that was interrupted goes on when the same command is given
+again; plan.json says what the clips are made of, and another plan is refused.
 """
 
+import dataclasses
+import hashlib
 import json
 import pathlib
 import sys
+import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,15 +23,17 @@ import numpy as np
 
 from emv3_jax import command_line, conditioning, pipeline
 from emv3_jax.config import Preset
-from emv3_jax.data import examples
+from emv3_jax.data import builder, examples
 from emv3_jax.data.dataset import Dataset
 from emv3_jax.data.examples import Example
 from emv3_jax.errors import UserError
-from emv3_jax.files import atomic_path
+from emv3_jax.files import PathLike, atomic_path
 from emv3_jax.options import SamplingOptions
 from emv3_jax.puppets import clips, evaluation, metrics
 from emv3_jax.training import verdicts
 
+FORMAT = "emv3_jax clips for review 1"
+METRICS = "metrics"  # who says a verdict that is no person's
 TRUE = "true_latents"  # of the clip that a sample was made after, for paired preferences
 
 # How the small world's measures say what a reviewer would: of puppets, the larger the worse.
@@ -57,12 +64,7 @@ class Negatives:
         Raises:
           UserError: no such folder, nothing was rejected, or arrays are missing or damaged.
         """
-        judged = verdicts.read_verdicts(folder)
-        chosen = [
-            row for row in verdicts.read_clips(folder)
-            if (verdict := judged.get(row["id"])) and verdict.verdict == "reject" and issue in ("", verdict.issue)
-        ]  # fmt: skip
-        if not chosen:
+        if not (chosen := rejected(folder, issue)):
             what = f"for {issue}" if issue else "at all"
             raise UserError(
                 f"nothing in {folder} was rejected {what}: review it (python -m emv3_jax.training.review {folder})"
@@ -86,11 +88,20 @@ class Negatives:
         return rows, names
 
 
+def rejected(folder: PathLike, issue: str) -> list[dict[str, Any]]:
+    """The rows of a review folder's clips that were rejected; issue: for this alone, or "" for any."""
+    judged = verdicts.read_verdicts(folder)
+    return [
+        row for row in verdicts.read_clips(folder)
+        if (verdict := judged.get(row["id"])) and verdict.verdict == "reject" and issue in ("", verdict.issue)
+    ]  # fmt: skip
+
+
 def _read(path: pathlib.Path) -> dict[str, Any]:
     try:
         with np.load(path) as arrays:
             return {name: arrays[name] if arrays[name].ndim else arrays[name].item() for name in arrays.files}
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path} is missing or damaged ({error}): sample the clips again") from error
 
 
@@ -104,13 +115,13 @@ def inputs(preset: Preset, some: Sequence[Example], task: str, words: Any) -> tu
 
 
 def generate(
-    pipe: pipeline.Pipeline, options: SamplingOptions, some: Sequence[Example], task: str, seed: int
+    pipe: pipeline.Pipeline, options: SamplingOptions, some: Sequence[Example], task: str, seeds: Sequence[int]
 ) -> np.ndarray:
-    """Latents [B, T, h, w, 16] float16 of examples of one size, made anew; seed: of the first one's noise."""
+    """Latents [B, T, h, w, 16] float16 of examples of one size, made anew; seeds: of the noise of each."""
     prepared, given = inputs(pipe.preset, some, task, pipe.words)
     size = tuple(8 * side for side in some[0]["latents"].shape[1:3])
     frames = pipe.preset.vae.video_frames(len(some[0]["latents"]))
-    noise = np.concatenate([pipe.noise(seed + k, frames, size) for k in range(len(some))])
+    noise = np.concatenate([pipe.noise(seed, frames, size) for seed in seeds])
     return np.asarray(pipe.sample_latents(prepared, given, noise, options), np.float16)
 
 
@@ -132,12 +143,34 @@ def worst(scores: Sequence[dict[str, float]], issue: str, share: float) -> list[
     return sorted(order[: max(1, round(share * len(order)))])
 
 
+def plan_of(
+    preset: Preset, weights: dict[str, str], options: SamplingOptions, data: Dataset, task: str, seed: int
+) -> dict[str, Any]:
+    """What clips for review are made of; weights: hashes of the trained models (`pipeline.weight_hashes`)."""
+    dataset = hashlib.sha256(json.dumps(data.record, sort_keys=True).encode()).hexdigest()
+    return {
+        "format": FORMAT, "preset": preset.name, "dataset": dataset, "task": task, "seed": seed,
+        **{f"weights of {role}": value for role, value in weights.items()},
+        **{f"sampling.{name}": value for name, value in dataclasses.asdict(options).items()},
+    }  # fmt: skip
+
+
 def sample(
-    pipe: pipeline.Pipeline, options: SamplingOptions, data: Dataset, folder: pathlib.Path, count: int, task: str,
-    batch: int, seed: int,
+    pipe: pipeline.Pipeline, options: SamplingOptions, data: Dataset, folder: pathlib.Path, count: int, batch: int,
+    plan: dict[str, Any],
 ) -> None:  # fmt: skip
-    """Makes `count` clips of a dataset anew into a review folder; those that are there already are kept."""
+    """Makes `count` clips of a dataset anew into a review folder; those that are there already are kept.
+
+    Args:
+      plan: `plan_of` the pipeline's weights, the options and the dataset.
+    Raises:
+      UserError: the folder holds clips of another plan, or of none.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / builder.PLAN).exists() and any(folder.glob("*.npz")):
+        raise UserError(f"{folder} holds clips without a {builder.PLAN} that says what made them: give another --out")
+    builder.check_plan(folder, plan)
+    task, seed = plan["task"], plan["seed"]
     numbers = np.random.default_rng([seed, 0x6E]).permutation(len(data))[:count]
     rows: list[dict[str, Any]] = []
     by_size: dict[Any, list[int]] = {}
@@ -146,13 +179,13 @@ def sample(
     for some in by_size.values():
         for first in range(0, len(some), batch):
             part = some[first : first + batch]
-            names = [f"{number:06d}" for number in part]
+            names, seeds = [f"{number:06d}" for number in part], [seed + number for number in part]
             if not all((folder / f"{name}.npz").exists() for name in names):
-                _make(pipe, options, data, folder, part, names, task, seed)
+                _make(pipe, options, data, folder, part, names, task, seeds)
             rows += [
-                {"id": name, "video": f"{name}.mp4", "task": task, "clip": data.id(number), "seed": seed + part[0] + k,
+                {"id": name, "video": f"{name}.mp4", "task": task, "clip": data.id(number), "seed": its_seed,
                  "prompt": examples.text_of(data.examples([number])[0]["caption"])}
-                for k, (name, number) in enumerate(zip(names, part, strict=True))
+                for name, number, its_seed in zip(names, part, seeds, strict=True)
             ]  # fmt: skip
             print(f"{len(rows)} of {len(numbers)} clips sampled: {folder}", flush=True)
     with atomic_path(folder / verdicts.CLIPS) as path:
@@ -161,12 +194,12 @@ def sample(
 
 def _make(
     pipe: pipeline.Pipeline, options: SamplingOptions, data: Dataset, folder: pathlib.Path, numbers: list[int],
-    names: list[str], task: str, seed: int,
+    names: list[str], task: str, seeds: list[int],
 ) -> None:  # fmt: skip
     from emv3_jax.media import VideoWriter, to_uint8
 
     some = data.examples(numbers)
-    latents = generate(pipe, options, some, task, seed + numbers[0])
+    latents = generate(pipe, options, some, task, seeds)
     videos = evaluation.decode(pipe, latents.astype(np.float32))
     for name, example, made, video in zip(names, some, latents, videos, strict=True):
         wave, (_, height, width, _) = example["wave"].astype(np.float32) / 32767, video.shape
@@ -180,18 +213,26 @@ def _make(
 
 
 def judge(pipe: pipeline.Pipeline, folder: pathlib.Path, issue: str, share: float) -> int:
-    """Lets the small world's measures reject the worst share of a review folder for an issue; returns how many."""
-    rows = verdicts.read_clips(folder)
+    """Lets the small world's measures reject the worst share of a review folder for an issue; returns how many.
+
+    Clips that a person has judged are left out, and said to be.
+    """
+    said = {id for id, verdict in verdicts.read_verdicts(folder).items() if verdict.by != METRICS}
+    rows = [row for row in verdicts.read_clips(folder) if row["id"] not in said]
+    if kept := len(verdicts.read_clips(folder)) - len(rows):
+        print(f"note: a person has judged {kept} clips of {folder}, which the measures leave as they are", flush=True)
+    if not rows:
+        return 0
     scores = []
     for row in rows:
         arrays = _read(folder / f"{row['id']}.npz")
         video = evaluation.decode(pipe, np.asarray(arrays["latents"], np.float32)[None])[0]
         scores.append(metrics.score_clip(video, puppet_of(row["clip"], len(video))))
-    rejected = set(worst(scores, issue, share))
+    bad = set(worst(scores, issue, share))
     for number, row in enumerate(rows):
-        bad = number in rejected
-        verdicts.add_verdict(folder, row["id"], "reject" if bad else "keep", issue if bad else None)
-    return len(rejected)
+        verdict = "reject" if number in bad else "keep"
+        verdicts.add_verdict(folder, row["id"], verdict, issue if number in bad else None, by=METRICS)
+    return len(bad)
 
 
 def main(arguments: list[str]) -> int:
@@ -203,7 +244,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--batch", type=int, default=1, help="made at once, as memory allows (default: 1)")
     parser.add_argument("--task", choices=examples.TRAINED_TASKS, default="i2v", help="(default: i2v)")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of clips and of the noise (default: 0)")
-    parser.add_argument("--judge", choices=("person", "metrics"), default="person", help="(default: person)")
+    parser.add_argument("--judge", choices=("person", METRICS), default="person", help="(default: person)")
     parser.add_argument("--issue", choices=sorted(JUDGES), default="lips", help="what measures look at (default: lips)")
     parser.add_argument("--share", type=float, default=0.25, help="of the clips that measures reject (default: 0.25)")
     options, cfg = command_line.parse(parser, arguments)
@@ -216,8 +257,10 @@ def main(arguments: list[str]) -> int:
     recipe = recipes.build(cfg)
     pipe = recipe.make_pipeline(pipeline.load_models(recipe.preset, options.weights, recipe.trained))
     sampling = SamplingOptions(**cfg.sampling)
-    sample(pipe, sampling, recipe.data, options.out, options.clips, options.task, options.batch, options.seed)
-    if options.judge == "metrics":
+    hashes = pipeline.weight_hashes(recipe.preset.name, options.weights, recipe.trained)
+    plan = plan_of(recipe.preset, hashes, sampling, recipe.data, options.task, options.seed)
+    sample(pipe, sampling, recipe.data, options.out, options.clips, options.batch, plan)
+    if options.judge == METRICS:
         count = judge(pipe, options.out, options.issue, options.share)
         print(f"{count} of {len(verdicts.read_clips(options.out))} rejected for {options.issue}", flush=True)
     else:

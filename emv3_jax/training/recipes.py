@@ -20,16 +20,24 @@ def build(cfg: Any) -> Any:
       UserError: for a recipe or preset that does not exist; for keys that are missing or of impossible values, all of
         them in one message, before any work.
     """
+    if wrong := problems(cfg):
+        raise UserError("; ".join(wrong))
+    for note in checks.notes(cfg):
+        print(f"note: {note}", flush=True)
+    return RECIPES[cfg.recipe](cfg, preset_of(cfg))
+
+
+def problems(cfg: Any) -> list[str]:
+    """What is wrong with the keys of a config, one line each.
+
+    Raises:
+      UserError: for a recipe or preset that does not exist.
+    """
     if "recipe" not in cfg:
         raise UserError("this config has no key recipe, so it is not for training: give another, see configs/")
     if cfg.recipe not in RECIPES:
         raise UserError(f"config key recipe: {cfg.recipe!r} is none of {', '.join(sorted(RECIPES))}")
-    preset = preset_of(cfg)
-    if wrong := checks.run(cfg) + CHECKS[cfg.recipe](cfg, preset):
-        raise UserError("; ".join(wrong))
-    if note := checks.note(cfg):
-        print(f"note: {note}", flush=True)
-    return RECIPES[cfg.recipe](cfg, preset)
+    return checks.run(cfg) + CHECKS[cfg.recipe](cfg, preset_of(cfg))
 
 
 def preset_of(cfg: Any) -> Preset:

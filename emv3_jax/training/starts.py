@@ -1,4 +1,4 @@
-"""Weights to start from that are not whole: a base model that hears nothing."""
+"""Weights to start from: a base model that hears nothing; how others were trained."""
 
 import pathlib
 from typing import Any
@@ -6,7 +6,9 @@ from typing import Any
 import jax
 from flax import traverse_util
 
-from emv3_jax import converted
+from emv3_jax import converted, pipeline
+from emv3_jax.config import Preset
+from emv3_jax.diffusion.phda import MODALITIES, PhDAConfig
 from emv3_jax.errors import UserError
 
 BASE = "dit-base"
@@ -50,3 +52,21 @@ def on_base(params: Any, folder: pathlib.Path) -> Any:
     found = converted.load_converted(base, traverse_util.unflatten_dict(wanted, sep="/"))
     loaded = traverse_util.flatten_dict(found, sep="/")
     return traverse_util.unflatten_dict({**flat, **loaded}, sep="/")
+
+
+def notes(preset: Preset, folder: str, phda: PhDAConfig) -> list[str]:
+    """A line where weights of a folder (or none, "") were trained with other modality weights than they go on with."""
+    before = pipeline.as_trained(preset, folder)[1] if folder else None
+    if before is None or _phases(before) == _phases(phda):
+        return []
+    return [
+        f"the weights in {folder} were trained with PhDA of {_phases(before)}, and go on with that of {_phases(phda)}"
+        " (config key phda)"
+    ]
+
+
+def _phases(phda: PhDAConfig) -> str:
+    """Boundaries by modality, in words."""
+    bounds = {name: getattr(phda, name) for name in MODALITIES}
+    said = [f"{name} {'-'.join(f'{value:g}' for value in some)}" for name, some in bounds.items() if some]
+    return ", ".join(said) or "no modality"

@@ -24,10 +24,12 @@ ISSUES = ("lips", "motion", "anatomy", "identity", "colour", "background", "flic
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """verdict: "keep" or "reject". issue: what is wrong with a rejected clip, one of ISSUES."""
+    """verdict: "keep" or "reject". issue: what is wrong with a rejected clip, one of ISSUES. by: who says so, where it
+    is no person."""
 
     verdict: str
     issue: str | None = None
+    by: str = ""
 
 
 def read_clips(folder: PathLike) -> list[dict[str, Any]]:
@@ -121,7 +123,7 @@ def verdicts_and_notes(folder: PathLike) -> tuple[dict[str, Verdict], list[str]]
         _check(row.get("verdict"), row.get("issue"), place)
         verdicts.pop(row["id"], None)  # so that the latest stands last
         if row.get("verdict") is not None:
-            verdicts[row["id"]] = Verdict(row["verdict"], row.get("issue"))
+            verdicts[row["id"]] = Verdict(row["verdict"], row.get("issue"), str(row.get("by", "")))
     return verdicts, notes
 
 
@@ -134,8 +136,8 @@ def _check(verdict: Any, issue: Any, place: str) -> None:
         raise UserError(f"{place}: only a rejected clip has an issue, got {issue!r}")
 
 
-def add_verdict(folder: PathLike, id: str, verdict: str | None, issue: str | None = None) -> None:
-    """Appends a verdict, None takes the last one back; it is on the disk when this returns.
+def add_verdict(folder: PathLike, id: str, verdict: str | None, issue: str | None = None, by: str = "") -> None:
+    """Appends a verdict, None takes the last one back; it is on the disk when this returns. by: as of `Verdict`.
 
     One process and thread at a time.
 
@@ -147,7 +149,7 @@ def add_verdict(folder: PathLike, id: str, verdict: str | None, issue: str | Non
         raise UserError(f"there is no clip {id!r} in {folder / CLIPS}")
     _check(verdict, issue, f"clip {id}")
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    row = {"id": id, "verdict": verdict, "issue": issue, "time": now}
+    row = {"id": id, "verdict": verdict, "issue": issue, "time": now, **({"by": by} if by else {})}
     path = folder / VERDICTS
     try:
         _append(path, json.dumps(row).encode() + b"\n")

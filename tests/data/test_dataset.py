@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 
+from emv3_jax import pipeline
 from emv3_jax.data import builder
 from emv3_jax.data.dataset import Bucket, Dataset, Plan
 from emv3_jax.errors import UserError
@@ -147,3 +148,30 @@ def test_stages_that_the_clips_do_not_allow_are_told():
 def test_sizes_with_too_few_clips_for_a_batch_are_passed_over():
     plan = Plan(BUCKETS, ((50, ((5, 11),)),), 50, 0)
     assert all(7 <= number < 30 for step in range(1, 51) for number in plan.batch(step)[1])
+
+
+def test_clips_that_are_never_trained_on_are_said():
+    few = "7 clips of 5 frames of 32 x 32 are never trained on: {} (config key stages)"
+    assert Plan(BUCKETS, STAGES, 100, 0).notes() == []
+    assert Plan(BUCKETS, ((50, ((5, 11),)),), 50, 0).notes() == [
+        few.format("fewer than the 11 of a batch"),
+        "10 clips of 13 frames of 16 x 48 are never trained on: fewer than the 11 of a batch (config key stages)",
+    ]
+    late = ((20, ((13, 2), (9, 3))), (40, ((5, 2),)))  # a later stage takes them, if the run comes to it
+    assert Plan(BUCKETS, late, 20, 0).notes() == [few.format("shorter than the 9 frames of a batch")]
+    assert Plan(BUCKETS, late, 21, 0).notes() == []
+
+
+def test_clips_seen_by_other_frozen_models_are_refused(folder, tiny, monkeypatch):
+    here = {"text": "a", "image": "b", "speech": "c"}
+    asked = []
+    monkeypatch.setattr(pipeline, "weight_hashes", lambda *args: asked.append(args) or here)
+    dataset = Dataset(folder, tiny)
+    dataset.check_weights("w", [])  # of older datasets nothing is known
+    dataset.record["weights"] = {"vae": "v", **here}
+    dataset.check_weights("w", list(here))
+    assert asked == [("tiny", "w", list(here))]
+    dataset.record["weights"] |= {"text": "x", "speech": "y"}
+    told = "was made with other weights of text and speech than those of w: make it again, or give those weights"
+    with pytest.raises(UserError, match=told):
+        dataset.check_weights("w", list(here))

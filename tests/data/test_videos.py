@@ -374,6 +374,41 @@ def test_the_sync_model_is_asked(tmp_path, film, tiny, monkeypatch):
             cut(of(path), tiny, sync_model=name)
 
 
+@pytest.mark.parametrize("answer", [RuntimeError("no\nmemory"), None, ("late", 1.0)])
+def test_a_film_at_which_the_sync_model_fails_is_dropped(tmp_path, film, tiny, monkeypatch, answer):
+    """And the films after it are looked at."""
+    module = types.ModuleType("my_sync")
+
+    def offset(video, wave, face):
+        if len(asked) == 1:
+            asked.append(1)
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+        asked.append(0)
+        return 0.0, 1.0
+
+    asked, module.offset = [], offset
+    monkeypatch.setitem(sys.modules, "my_sync", module)
+    films = [of(film(tmp_path / name, frames=18)) for name in ("a.mp4", "b.mp4")]
+    clips, dropped = cut(films, tiny, sync_model="my_sync:offset")
+    assert [clip.id for clip in clips] == ["a.mp4/0.00", "b.mp4/0.00", "b.mp4/0.36"]
+    (row,) = dropped
+    assert row.name == "a.mp4" and row.why.startswith("the sync model failed (") and "\n" not in row.why
+
+
+def test_a_film_at_which_the_face_detector_fails_is_dropped(tmp_path, film, tiny, monkeypatch):
+    def detect(frame):
+        if frame.any():
+            raise RuntimeError("cuda")
+        return []
+
+    monkeypatch.setattr(media, "detect_faces", detect)
+    path = film(tmp_path / "a.mp4", video=np.full((9, 48, 48, 3), 200, np.uint8))
+    clips, dropped = cut(of(path), tiny, face="one")
+    assert clips == [] and [row.why for row in dropped] == ["the face detector failed (RuntimeError: cuda)"]
+
+
 def test_puppets_whose_voice_is_moved_are_found_out(tmp_path, film, tiny):
     clip = make_clip("heldout", 0, 69)
     video = media.to_uint8(np.asarray(clip.render(64)))[:61]

@@ -38,7 +38,17 @@ def test_the_shipped_configs_pass(path):
     stages = [stage for _, stage in cycle.stage_configs(cfg, pathlib.Path("x"))] if "cycle" in cfg else [cfg]
     for stage in stages:
         preset = recipes.preset_of(stage)
-        assert checks.run(stage) + recipes.CHECKS[stage.recipe](stage, preset) == [] and checks.note(stage) is None
+        assert checks.run(stage) + recipes.CHECKS[stage.recipe](stage, preset) == [] and checks.notes(stage) == []
+
+
+def test_parts_are_those_of_the_batches_that_are_reached():
+    stages = ((5, ((5, 8),)), (9, ((5, 6),)))
+    for parts in (0, 1, 2):  # 0: as many as the mesh needs
+        assert problems("dit", micro_batches=parts, stages=stages) == []
+    assert problems("dit", micro_batches=4, stages=stages, steps=5, warmup_steps=1) == []
+    pairs = {"objective": "dpo", "init_from": "x", "negatives": "y"}  # of whose 12 samples a quarter is no whole pairs
+    (line,) = problems("dit", micro_batches=4, stages=((9, ((5, 6),)),), **pairs)
+    assert "does not divide a batch of 6" in line
 
 
 def test_steps_may_be_given_alone():
@@ -119,6 +129,14 @@ BAD = {
     "shift": ("dit", {"shift": 0.0}, "shift must be a number above 0"),
     "sampling": ("dit", {"sampling": {"steps": 0}}, "config key sampling: steps must be at least 1"),
     "sampling of the unknown": ("dit", {"sampling": {"stpes": 1}}, "config key sampling: "),
+    "parts that a later batch does not have": (
+        "dit",
+        {"micro_batches": 4, "stages": ((5, ((5, 12),)), (9000, ((5, 6), (9, 8), (9, 10))))},
+        "micro_batches: 4 does not divide a batch of 6 and of 10 (config key stages)",
+    ),
+    "parts of crops": ("vae", {"micro_batches": 3, "stages": ((9000, ((1, 32, 8),)),)}, "does not divide a batch of 8"),
+    "parts below nothing": ("vae", {"micro_batches": -1}, "micro_batches must be a whole number of 0 or more"),
+    "issue": ("dit", {"issue": "color"}, "issue must be one of lips, motion, anatomy, identity, colour, background"),
     "frozen weights": ("dit", {"frozen_weights": 5}, "frozen_weights must be text, got 5"),
 }
 
@@ -171,3 +189,43 @@ def test_a_run_that_does_not_end_with_its_stages_says_so(share, said, capsys):
         and said in out
     )
     assert out.count("\n") == 1
+
+
+def test_tasks_that_never_join_are_said():
+    def said(steps):
+        cfg = command_line.load_config(CONFIGS / "sft_1b.py", {"steps": str(steps)})
+        return [note for note in checks.notes(cfg) if "tasks" in note]
+
+    assert said(8000) == [
+        "the run ends at step 8000, before the last part of config key tasks: flf2v and lipsync never join"
+    ]
+    assert said(20_000)[0].endswith("lipsync never join") and said(20_001) == said(40_000) == []
+    shares = ((4, (("i2v", 1.0), ("t2v", 1.0))), (9, (("i2v", 1.0),)))
+    assert checks.notes(config("dit", steps=4, tasks=shares))[1].endswith("later shares are not reached")
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes", "message"),
+    [
+        (1, {"warmup_steps": 50}, "warmup_steps must be less than the steps of each stage"),
+        (1, {"issue": "colour"}, "lips, motion, identity, background where measures judge, got 'colour'"),
+        (3, {"beta": 0.0}, "beta must be a number above 0"),
+        (4, {"stages": ((160, ((33, 0),)),)}, "got (33, 0)"),
+    ],
+)
+def test_all_stages_of_a_cycle_are_checked_at_its_start(stage, changes, message, tmp_path):
+    cfg = command_line.load_config(CONFIGS / "puppet_full_cycle.py")
+    with cfg.unlocked():
+        cfg.cycle = tuple({**keys, **(changes if k == stage else {})} for k, keys in enumerate(cfg.cycle))
+    name = f"{stage + 1}_{cfg.cycle[stage]['name']}"
+    with pytest.raises(UserError) as info:
+        cycle.train(cfg, tmp_path / "run")
+    assert message in str(info.value) and str(info.value).endswith(f"(in {name})")
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_wrong_in_every_stage_is_told_once():
+    cfg = command_line.load_config(CONFIGS / "puppet_full_cycle.py", {"beta2": "2.0", "review.judge": "person"})
+    with pytest.raises(UserError) as info:
+        cycle.check(cfg, cycle.stage_configs(cfg, pathlib.Path("x")))
+    assert str(info.value).count("beta2") == 1 and "(in 1_sft and 2_lips and 3_sft" in str(info.value)

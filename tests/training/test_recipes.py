@@ -3,46 +3,28 @@
 import dataclasses
 import json
 import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import pytest
+from tiny_runs import arrays_equal, config
 
-from emv3_jax import checkpoint, command_line, conditioning
+from emv3_jax import checkpoint, conditioning, pipeline
 from emv3_jax.config import DEMO, PRESETS
-from emv3_jax.data import builder
 from emv3_jax.data.examples import TRAINED_TASKS
-from emv3_jax.data.extract import Extractor, encoder_hash
-from emv3_jax.data.puppets import Puppets
+from emv3_jax.diffusion.phda import EVEN, PhDAConfig
 from emv3_jax.errors import UserError
 from emv3_jax.models import vae as vae_model
-from emv3_jax.options import SamplingOptions
 from emv3_jax.pipeline import expected_params, load_pipeline
 from emv3_jax.puppets import clips, requests
-from emv3_jax.training import cycle, loop, negatives, recipes, verdicts
+from emv3_jax.training import loop, recipes, starts
 from emv3_jax.training import state as train_state
 from emv3_jax.training.dit_recipe import DiTRecipe
 from emv3_jax.training.vae_recipe import VAERecipe
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
-CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
-
-
-def config(name: str, **changes) -> ml_collections.ConfigDict:
-    """An experiment of configs/, with the sizes of a test."""
-    cfg = ml_collections.ConfigDict(command_line.load_config(CONFIGS / name).to_dict())
-    with cfg.unlocked():
-        cfg.update(
-            {"steps": 10, "warmup_steps": 1, "learning_rates": ((10, 1e-3),), "export_dtype": "float32", **changes}
-        )
-    return cfg
-
-
-def arrays_equal(a, b) -> bool:
-    same = jax.tree.map(lambda x, y: bool(np.array_equal(x, y)), a, b)
-    return all(jax.tree.leaves(same))
 
 
 # VAE
@@ -130,40 +112,6 @@ def test_vae_of_another_size_is_no_start(tiny, tiny_pipeline, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def weights(tiny_pipeline, tmp_path_factory) -> pathlib.Path:
-    """A folder with the tiny pipeline's weights."""
-    folder = tmp_path_factory.mktemp("weights")
-    checkpoint.save_models(folder, tiny_pipeline.params)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def data(tiny, weights, tmp_path_factory) -> pathlib.Path:
-    """A dataset of four puppets, nine frames each."""
-    folder = tmp_path_factory.mktemp("data") / "puppets"
-    vae = checkpoint.load_params(weights / "vae.safetensors")
-    extractor = Extractor(tiny, {"vae": vae})
-    identity = {"preset": tiny.name, "vae": encoder_hash(vae)}
-    builder.build(Puppets("train", 4, 9, 32), extractor, folder, 1, identity, say=lambda line: None)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def make(tiny, weights, data):
-    """DiTRecipe with changed keys."""
-
-    def make(**changes) -> DiTRecipe:
-        keys = {
-            "frozen_weights": str(weights), "data": str(data), "stages": ((5, ((5, 3),)), (10, ((9, 2),))),
-            "tasks": ((10, (("i2v", 0.5), ("t2v", 0.5))),), "eval_clips": 2, "eval_frames": 13,
-            "sampling": {"steps": 2, "shift": 3.0, "text_scale": 2.0, "audio_scale": 2.0},
-        }  # fmt: skip
-        return DiTRecipe(config("demo_dit.py", **{**keys, **changes}), tiny)
-
-    return make
-
-
-@pytest.fixture(scope="module")
 def dit(make) -> DiTRecipe:
     return make()
 
@@ -246,6 +194,66 @@ def test_trained_weights_know_their_sizes_and_their_phases(make, tiny, tmp_path,
         load_pipeline("tiny", tmp_path)
 
 
+def test_weights_that_go_on_with_other_phases_are_told(make, tiny, tmp_path, capsys):
+    phases = PhDAConfig(text=None, image=None, audio=(500.0, 600.0, 1.0, 0.0))
+    pipeline.record_training(tmp_path, tiny, phases)
+    make(init_from=str(tmp_path)).open()  # with the phases of demo_dit.py
+    now = "image 166.667-333.333, audio 500-666.667"
+    note = f"the weights in {tmp_path} were trained with PhDA of audio 500-600-1-0, and go on with that of {now}"
+    assert capsys.readouterr().out == f"note: {note} (config key phda)\n"
+    assert starts.notes(tiny, str(tmp_path), phases) == starts.notes(tiny, "", EVEN) == []
+    assert "go on with that of no modality" in starts.notes(tiny, str(tmp_path), EVEN)[0]
+
+
+@pytest.fixture
+def half_frozen(make, tiny, weights, tmp_path, monkeypatch) -> pathlib.Path:
+    """Exported weights of a transformer whose encoders were not trained: trained/, beside what it needs in base/."""
+    frozen = dataclasses.replace(tiny, vocabulary=())
+    monkeypatch.setitem(PRESETS, "tiny", frozen)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base" / "tokenizer").mkdir(parents=True)
+    for role in ("dit", "text", "image", "vae"):
+        shutil.copy(weights / f"{role}.safetensors", tmp_path / "base")
+    recipe = DiTRecipe(make(frozen_weights="base", init_from="base").cfg, frozen)
+    recipe.export({"dit": jax.tree.map(lambda leaf: leaf + 1, recipe.init()["dit"])}, {}, tmp_path / "trained")
+    return tmp_path / "trained"
+
+
+def test_what_was_frozen_is_read_from_where_the_run_read_it(half_frozen, weights, tmp_path, monkeypatch):
+    read = []
+    monkeypatch.setattr(conditioning, "tokenizer", lambda preset, folder=None: read.append(folder))
+    assert [path.name for path in half_frozen.glob("*.safetensors")] == ["dit.safetensors"]
+    preset = PRESETS["tiny"]
+    monkeypatch.chdir("/")
+    pipeline.load_tokenizer(preset, half_frozen)
+    assert read == [tmp_path / "base" / "tokenizer"]
+    params = pipeline.load_models(preset, half_frozen, ("dit", "text", "image", "vae"))
+    assert arrays_equal(params["vae"], checkpoint.load_params(weights / "vae.safetensors"))
+    assert not arrays_equal(params["dit"], checkpoint.load_params(weights / "dit.safetensors"))
+    trained, base = (pipeline.weight_hashes("tiny", folder) for folder in (half_frozen, tmp_path / "base"))
+    assert [role for role in base if base[role] != trained[role]] == ["dit"]
+    shutil.copytree(half_frozen, tmp_path / "further")  # trained in turn beside trained weights
+    pipeline.record_training(tmp_path / "further", preset, EVEN, str(half_frozen), ("text", "image", "vae"))
+    assert pipeline.weight_hashes("tiny", tmp_path / "further") == trained
+
+
+def test_frozen_models_that_are_gone_are_told(half_frozen, tmp_path, monkeypatch):
+    preset = PRESETS["tiny"]
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "base").rename(tmp_path / "moved" / "base")
+    told = f"trained beside those of {tmp_path}/base, which is gone: put it back, or name the folder with "
+    with pytest.raises(UserError, match=told + "tokenizer in .*trained.json"):
+        pipeline.load_tokenizer(preset, half_frozen)
+    with pytest.raises(UserError, match=told + "text"):
+        pipeline.load_models(preset, half_frozen, ("dit", "text"))
+    assert dict(pipeline.load_models(preset, half_frozen, ("dit",)))  # which needs nothing else
+    monkeypatch.chdir(tmp_path / "moved")  # with the project that the folder was given in
+    assert pipeline.locate(half_frozen, "vae", preset) == pathlib.Path("base/vae.safetensors")
+    (half_frozen / "dit.safetensors").unlink()
+    with pytest.raises(UserError, match="no converted weights at .*trained/dit-tiny"):  # never those it started from
+        dict(pipeline.load_models(preset, half_frozen, ("dit",)))
+
+
 def test_data_of_another_vae_is_refused(make, tiny_pipeline, tmp_path):
     vae = tiny_pipeline.params["vae"]
     moved = {**vae, "to_moments": jax.tree.map(lambda x: 2 * x, vae["to_moments"])}
@@ -293,53 +301,6 @@ def test_a_model_that_heard_nothing_starts_silent(make, weights, tiny):
 # Preferences
 
 
-@pytest.fixture(scope="module")
-def review(make, weights, tiny, tmp_path_factory) -> pathlib.Path:
-    """A review folder of four clips, two of which were rejected."""
-    folder = tmp_path_factory.mktemp("review")
-    recipe = make(stages=((10, ((9, 2),)),))
-    pipe = recipe.make_pipeline(checkpoint.load_models(weights, {n: expected_params(tiny)[n] for n in recipe.trained}))
-    negatives.sample(pipe, SamplingOptions(steps=2), recipe.data, folder, 4, "i2v", 2, 0)
-    rows = verdicts.read_clips(folder)
-    for row, issue in zip(rows, ("lips", "motion", None, None), strict=True):
-        verdicts.add_verdict(folder, row["id"], "reject" if issue else "keep", issue)
-    return folder
-
-
-def test_samples_wait_in_the_review_folder(review, capsys):
-    rows = verdicts.read_clips(review)
-    assert len({row["id"] for row in rows}) == 4 and all(row["clip"].startswith("train/") for row in rows)
-    arrays = np.load(review / f"{rows[0]['id']}.npz")
-    assert arrays["latents"].shape == arrays[negatives.TRUE].shape == (3, 4, 4, 16)
-    assert np.abs(arrays["latents"].astype(np.float32) - arrays[negatives.TRUE]).max() > 0.1
-
-
-def test_an_interrupted_sampling_goes_on(make, weights, tiny, review, tmp_path):
-    recipe = make(stages=((10, ((9, 2),)),))
-    pipe = recipe.make_pipeline(checkpoint.load_models(weights, {n: expected_params(tiny)[n] for n in recipe.trained}))
-    first = verdicts.read_clips(review)[:2]
-    for row in first:
-        for suffix in ("npz", "mp4"):
-            name = f"{row['id']}.{suffix}"
-            (tmp_path / name).write_bytes((review / name).read_bytes())
-    untouched = (tmp_path / f"{first[0]['id']}.npz").stat().st_mtime_ns
-    negatives.sample(pipe, SamplingOptions(steps=2), recipe.data, tmp_path, 4, "i2v", 2, 0)
-    assert verdicts.read_clips(tmp_path) == verdicts.read_clips(review)
-    assert (tmp_path / f"{first[0]['id']}.npz").stat().st_mtime_ns == untouched
-    last = verdicts.read_clips(review)[3]["id"]
-    jax.tree.map(
-        np.testing.assert_array_equal, dict(np.load(tmp_path / f"{last}.npz")), dict(np.load(review / f"{last}.npz"))
-    )
-
-
-def test_only_what_was_rejected_for_the_issue_is_unlearnt(review, make):
-    assert len(negatives.Negatives.read(str(review), "").rows) == 2
-    (name,) = set(negatives.Negatives.read(str(review), "lips").ids(0, 1, 4))
-    assert name == verdicts.read_clips(review)[0]["id"]
-    with pytest.raises(UserError, match="nothing in .* was rejected for colour: review it"):
-        negatives.Negatives.read(str(review), "colour")
-
-
 @pytest.mark.parametrize("objective", ["ndpo", "ndpo_absolute", "dpo"])
 def test_preferences_make_negatives_less_likely(make, weights, review, objective):
     keys = {"init_from": str(weights), "negatives": str(review), "objective": objective, "beta": 1.0}
@@ -359,39 +320,6 @@ def test_tasks_join_where_weights_restart(make):
     tasks = ((4, (("t2v", 1.0),)), (7, (("i2v", 1.0),)), (10, (("i2v", 1.0),)))
     assert make(tasks=tasks, inter_task_ema=True).restarts() == (4, 7)
     assert make(tasks=tasks).restarts() == ()
-
-
-def test_the_cycle_goes_on_from_stage_to_stage(make, weights, tmp_path, capsys, monkeypatch):
-    """SFT, clips judged by the measures, Negative DPO, SFT; stages that are done are not done again."""
-    monkeypatch.setattr(recipes, "build", lambda stage: DiTRecipe(stage, make().preset))
-    unlearn = {"name": "lips", "objective": "ndpo", "issue": "lips", "steps": 2, "stages": ((2, ((9, 2),)),)}
-    cfg = ml_collections.ConfigDict({
-        **make().cfg, "steps": 3, "eval_every": 100, "learning_rates": ((3, 1e-3),), "stages": ((3, ((9, 2),)),),
-        "cycle": ({"name": "sft"}, {**unlearn, "learning_rates": ((2, 1e-3),)}, {"name": "sft"}),
-        "review": {"clips": 4, "batch": 2, "judge": "person", "share": 0.5, "task": "i2v"},
-    })  # fmt: skip
-    assert cycle.train(cfg, tmp_path) == 0
-    out = capsys.readouterr().out
-    assert f"4 clips wait to be reviewed: python -m emv3_jax.training.review {tmp_path}/2_lips/review" in out
-    assert not (tmp_path / "weights").exists()
-    cfg.review.judge = "metrics"
-    assert cycle.train(cfg, tmp_path) == 0
-    out = capsys.readouterr().out
-    assert "stage 1_sft" not in out and "2 clips rejected for lips" in out and "stage 3_sft: sft, 3 steps" in out
-    ends = [checkpoint.load_params(tmp_path / n / "weights" / "dit.safetensors") for n in ("1_sft", "2_lips", "3_sft")]
-    assert not arrays_equal(ends[0], ends[1]) and not arrays_equal(ends[1], ends[2])
-    assert arrays_equal(checkpoint.load_params(tmp_path / "weights" / "dit.safetensors"), ends[2])
-    assert cycle.train(cfg, tmp_path) == 0 and "stage" not in capsys.readouterr().out.replace("the last stage", "")
-
-
-def test_a_cycle_of_unknown_keys_is_refused(make, tmp_path):
-    review = {"clips": 4, "batch": 2, "judge": "person", "share": 0.5, "task": "i2v"}
-    cfg = ml_collections.ConfigDict({**make().cfg, "cycle": ({"name": "sft", "stpes": 3},), "review": review})
-    with pytest.raises(UserError, match="cycle: stage 1 sets 'stpes', which is no key of the config"):
-        cycle.train(cfg, tmp_path)
-    cfg = ml_collections.ConfigDict({**make().cfg, "cycle": ({"name": "sft"},), "review": {**review, "judge": "dice"}})
-    with pytest.raises(UserError, match=r"judge must be one of person, metrics, got 'dice' \(section review\)"):
-        cycle.train(cfg, tmp_path)
 
 
 # Puppets as requests
