@@ -355,6 +355,38 @@ def test_preferences_make_negatives_less_likely(make, weights, review, objective
         assert after < before
 
 
+def test_parts_of_a_batch_of_pairs_hold_whole_pairs(make, weights, review):
+    """A true clip and its negative lie side by side, and are seen at one time with one noise."""
+    keys = {"init_from": str(weights), "negatives": str(review), "objective": "dpo", "beta": 1.0}
+    recipe = make(**keys, stages=((10, ((9, 2),)),))
+    batch, seen = recipe.batch(3), []
+    parts = jax.tree.map(lambda leaf: leaf.reshape(2, -1, *leaf.shape[1:]), batch)
+    clips_of = {row["id"]: np.load(review / f"{row['id']}.npz") for row in verdicts.read_clips(review)}
+    for name, latents in zip(recipe.ids(3), parts["latents"], strict=True):
+        np.testing.assert_array_equal(latents[0], clips_of[name][negatives.TRUE].astype(np.float32))
+        np.testing.assert_array_equal(latents[1], clips_of[name]["latents"].astype(np.float32))
+    recipe.dit = Recording(seen)
+    recipe.loss(recipe.init(), recipe.constants(), {**batch, "latents": np.zeros_like(batch["latents"])},
+                jax.random.key(0))  # fmt: skip
+    for x, t, modal in seen:
+        for some in (x, t, modal):
+            np.testing.assert_array_equal(some[::2], some[1::2])
+            assert np.any(some[0] != some[2]) or some is modal
+    with pytest.raises(UserError, match="micro_batches: a part of 3 samples would tear a pair apart"):
+        recipe.loss(recipe.init(), recipe.constants(), jax.tree.map(lambda leaf: leaf[:3], batch), jax.random.key(0))
+
+
+class Recording:
+    """In place of a transformer: notes what it is asked for."""
+
+    def __init__(self, seen: list):
+        self.seen = seen
+
+    def apply(self, variables, x, t, cond, modal):
+        self.seen.append((np.asarray(x), np.asarray(t), np.asarray(modal)))
+        return x
+
+
 def test_tasks_join_where_weights_restart(make):
     tasks = ((4, (("t2v", 1.0),)), (7, (("i2v", 1.0),)), (10, (("i2v", 1.0),)))
     assert make(tasks=tasks, inter_task_ema=True).restarts() == (4, 7)
