@@ -50,6 +50,10 @@ class Mean:
     def __add__(self, other: "Mean") -> "Mean":
         return Mean(self.total + other.total, self.count + other.count)
 
+    def where(self, holds: jax.Array) -> "Mean":
+        """It, or where `holds` is false the mean of nothing."""
+        return Mean(jnp.where(holds, self.total, 0.0), jnp.where(holds, self.count, 0.0))
+
 
 def mean_where(values: jax.Array, where: jax.Array) -> Mean:
     """Of those of values [B] for which where [B] holds."""
