@@ -169,3 +169,12 @@ def test_each_of_two_processes_loads_onto_a_device_of_its_own(folder):
     for process in running:
         out, errors = process.communicate(timeout=120)
         assert out.endswith("good\n"), errors
+
+
+def test_want_of_memory_is_no_damage(folder, monkeypatch):
+    def fail(*args, **keywords):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    monkeypatch.setattr(ocp.StandardCheckpointer, "restore", fail)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+        load_converted(folder, LIKE)
