@@ -26,7 +26,7 @@ from emv3_jax.models import dit
 from emv3_jax.models.dit import Conditions, DiT
 from emv3_jax.options import SamplingOptions
 from emv3_jax.puppets import clips, evaluation
-from emv3_jax.training import adapters, losses, pictures, schedule, starts
+from emv3_jax.training import adapters, distributed, losses, pictures, schedule, starts
 from emv3_jax.training.losses import Mean
 
 SFT, PAIRED = "sft", "dpo"
@@ -49,8 +49,11 @@ class DiTRecipe:
     @property
     def frozen(self) -> Mapping[str, Any]:
         """The models that are not trained, read when they are used and not kept."""
+        return self._frozen_on(None)
+
+    def _frozen_on(self, mesh: jax.sharding.Mesh | None) -> Mapping[str, Any]:
         roles = [role for role in pipeline.expected_params(self.preset) if role not in self.trained]
-        return pipeline.load_models(self.preset, self.cfg.frozen_weights, roles)
+        return pipeline.load_models(self.preset, self.cfg.frozen_weights, roles, mesh)
 
     @functools.cached_property
     def words(self) -> Any:
@@ -235,8 +238,10 @@ class DiTRecipe:
     # What is seen and written.
 
     def make_pipeline(self, weights: Any) -> pipeline.Pipeline:
-        """The pipeline with the trained models."""
-        return pipeline.Pipeline(self.preset, collections.ChainMap(weights, self.frozen), self.phda, self.words)
+        """The pipeline with the trained models, on the mesh over which they are divided."""
+        mesh = distributed.mesh_of(weights)
+        models = collections.ChainMap(weights, self._frozen_on(mesh))
+        return pipeline.Pipeline(self.preset, models, self.phda, self.words, mesh)
 
     def evaluate(self, params: Any, constants: Any) -> tuple[dict[str, float], dict[str, np.ndarray]]:
         """Held-out puppets, generated and scored; of presets that know none, a clip of the dataset, generated."""

@@ -10,7 +10,7 @@ import ml_collections
 import numpy as np
 import pytest
 
-from emv3_jax import checkpoint, command_line, conditioning
+from emv3_jax import checkpoint, command_line, conditioning, sharding
 from emv3_jax.config import DEMO, PRESETS
 from emv3_jax.data import builder
 from emv3_jax.data.examples import TRAINED_TASKS
@@ -229,6 +229,18 @@ def test_dit_is_scored_and_its_weights_come_back(dit, make, tiny, tiny_pipeline,
     restored = checkpoint.load_models(tmp_path, expected_params(tiny))
     assert arrays_equal(restored, {**params, "vae": tiny_pipeline.params["vae"]})
     assert arrays_equal(make(init_from=str(tmp_path)).init(), params)
+
+
+def test_weights_on_a_mesh_are_scored_on_it(make, weights):
+    """Adapters and what they stand beside, and models that are not trained."""
+    lora = make(init_from=str(weights), adapters={"rank": 2, "scale": 4.0, "on": "blocks/.*/(query|out)"})
+    mesh, given = sharding.make_mesh(), (lora.init(), lora.constants())
+    placed = jax.device_put(given, train_state.tree_shardings(given, mesh))
+    pipe = lora.make_pipeline(lora.weights(*placed))
+    assert pipe.mesh == mesh
+    for role in ("dit", "text", "image", "vae"):
+        assert all(leaf.sharding.mesh == mesh for leaf in jax.tree.leaves(pipe.params[role])), role
+    assert lora.make_pipeline(lora.weights(*given)).mesh is None
 
 
 def test_trained_weights_know_their_sizes_and_their_phases(make, tiny, tmp_path, monkeypatch):
