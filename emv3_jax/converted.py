@@ -157,9 +157,18 @@ def load_converted(folder: PathLike, like: Any, shardings: Any = None, dtype: An
         path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype if dtype is None else dtype, sharding=placed[path])
         for path, leaf in found.items()
     }
-    with ocp.StandardCheckpointer(restore_concurrent_gb=_in_flight(found)) as checkpointer:
+    # One of several processes reads without the others: Orbax would wait for them.
+    me = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process_{me}"
+    )
+    with ocp.StandardCheckpointer(
+        restore_concurrent_gb=_in_flight(found), multiprocessing_options=alone
+    ) as checkpointer:
         try:
             return checkpointer.restore(Path(folder).absolute(), traverse_util.unflatten_dict(target, sep="/"))
+        except jax.errors.JaxRuntimeError:  # too little memory, say: nothing is wrong with the weights
+            raise
         except Exception as error:  # Orbax wraps TensorStore's errors in a bare Exception
             raise _damaged(folder, error) from error
 

@@ -33,11 +33,20 @@ Axis = str | tuple[str, ...] | None
 
 # Last names of a parameter's path -> the dimensions divided along PARAMETERS and along tensor, counted from the end
 # because layers may be stacked in front; None: not divided. The first rule that knows a parameter counts.
+INWARD = "query|key|value|q|k|v|up|gate|fc1"  # projections to heads and inner channels
+OUTWARD = "out|o|down|fc2|proj_out"  # back to the residual stream: the inner channels come in
 RULES: tuple[tuple[str, int | None, int | None], ...] = (
-    (r"(out|o|down|fc2|proj_out)/kernel", -1, -2),  # back to the residual stream: the inner channels come in
-    (r"(query|key|value|q|k|v|up|gate|fc1)/kernel", -2, -1),  # to heads and inner channels
+    (rf"({OUTWARD})/kernel", -1, -2),
+    (rf"({INWARD})/kernel", -2, -1),
     (r"kernel|time_kernel|v", -1, None),  # output channels
     (r"embedding|position_embedding", -2, None),  # one row a token
+    # Adapters of kernels [.., D, E]: down [.., D, rank] and up [.., rank, E] lie as the kernel does along D and E.
+    (rf"({OUTWARD})/down", None, -2),
+    (rf"({OUTWARD})/up", -1, None),
+    (rf"({INWARD})/down", -2, None),
+    (rf"({INWARD})/up", None, -1),
+    (r"down", None, None),
+    (r"up", -1, None),
     (r"bias|time_bias|scale|gamma|g|modulation|class_embedding|masked_spec_embed|position_bias", None, None),
 )
 

@@ -151,6 +151,8 @@ jax.distributed.initialize(f"localhost:{sys.argv[2]}", 2, int(sys.argv[3]))
 shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, "float32")
 like = {"blocks": {"kernel": shape(4, 16, 24), "bias": shape(4)}, "head": shape(8)}
 assert load_converted(sys.argv[1], like)["head"].devices() == {jax.local_devices()[0]}
+if jax.process_index() == 0:  # as it evaluates a run, while the other trains on
+    load_converted(sys.argv[1], like)
 print("good")
 """
 
@@ -167,3 +169,12 @@ def test_each_of_two_processes_loads_onto_a_device_of_its_own(folder):
     for process in running:
         out, errors = process.communicate(timeout=120)
         assert out.endswith("good\n"), errors
+
+
+def test_want_of_memory_is_no_damage(folder, monkeypatch):
+    def fail(*args, **keywords):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    monkeypatch.setattr(ocp.StandardCheckpointer, "restore", fail)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+        load_converted(folder, LIKE)

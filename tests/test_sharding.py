@@ -8,13 +8,18 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import optax
 import pytest
+from flax import traverse_util
 from jax.sharding import PartitionSpec as P
 
+from configs import lora, puppet_lora
 from emv3_jax.config import PRESETS
 from emv3_jax.errors import UserError
 from emv3_jax.pipeline import expected_params
 from emv3_jax.sharding import AXES, from_config, make_mesh, param_shardings, spec_for
+from emv3_jax.training import adapters
+from emv3_jax.training import state as train_state
 
 
 def test_rules_by_hand():
@@ -47,6 +52,23 @@ def test_every_parameter_of_every_preset_has_a_rule_and_most_values_are_divided(
             else:
                 divided += leaf.size
     assert divided > 0.95 * (divided + whole)
+
+
+@pytest.mark.parametrize(("name", "cfg"), [("preview", lora), ("flash", lora), ("demo", puppet_lora)])
+def test_adapters_lie_as_their_kernels_do(name, cfg):
+    """Along the channels that come in and those that go out; every one, and what the optimizer keeps of it."""
+    shapes, mesh = expected_params(PRESETS[name])["dit"], jax.sharding.AbstractMesh((1, 1, 2, 2, 2), AXES)
+    pattern = cfg.get_config().adapters.on
+    make = lambda key: train_state.init_state(adapters.init(key, shapes, 4, pattern), optax.adamw(1.0))  # noqa: E731
+    places = train_state.tree_shardings(jax.eval_shape(make, jax.random.key(0)), mesh)
+    kernels = traverse_util.flatten_dict(param_shardings(shapes, mesh), sep="/")
+    leaves = traverse_util.flatten_dict(places.params, sep="/")
+    assert len(leaves) >= 12
+    for path, place in leaves.items():
+        projection, _, which = path.rpartition("/")
+        kernel = (*kernels[f"{projection}/kernel"].spec,)
+        assert place.spec[1:] == ((kernel[1], None) if which == "down" else (None, kernel[2])), path
+    assert jax.tree.leaves(places.ema) == jax.tree.leaves(places.params)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,6 +170,29 @@ from emv3_jax.sharding import make_mesh
 want = meshes.run(4, None)
 for mesh, parts in ((make_mesh(data=2, context=2, tensor=2), 1), (make_mesh(), 1)):
     np.testing.assert_allclose(meshes.run(4, mesh, parts), want, rtol=1e-5)
+
+import jax, jax.numpy as jnp, optax
+from emv3_jax.training import adapters, state
+rng = np.random.default_rng(0)
+base = {"mlp": {"up": {"kernel": rng.standard_normal((8, 16))}, "down": {"kernel": rng.standard_normal((16, 8))}}}
+def loss(params, constants, batch, key):
+    mlp = adapters.merged(constants, params, 1.0)["mlp"]
+    return jnp.mean(jnp.square(jnp.tanh(batch @ mlp["up"]["kernel"]) @ mlp["down"]["kernel"] - batch)), {}
+def adapted(mesh):
+    found = state.init_state(adapters.init(jax.random.key(0), base, 4, "mlp/(up|down)"), optax.adamw(0.1))
+    places = None if mesh is None else state.tree_shardings(found, mesh)
+    found = found if mesh is None else jax.device_put(found, places)
+    step = state.make_step(state.make_update(loss, optax.adamw(0.1), 0.9), places)
+    for number in range(2):
+        found, _ = step(found, base, rng_of(number).standard_normal((8, 8)).astype(np.float32))
+    return found
+rng_of = np.random.default_rng
+mesh = make_mesh(tensor=2)
+got, want = adapted(mesh), adapted(None)
+assert len({shard.device for shard in got.params["mlp"]["up"]["down"].addressable_shards}) == 8
+assert got.params["mlp"]["up"]["down"].addressable_shards[0].data.shape == (2, 4)
+assert np.abs(want.params["mlp"]["down"]["up"]).max() > 0.05
+jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got.params, want.params)
 print("good")
 """
 

@@ -1,6 +1,7 @@
 """What differs when several processes train together: which rows each reads, and when they stop."""
 
 import math
+import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -69,11 +70,57 @@ def to_host(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: np.asarray(multihost_utils.process_allgather(leaf, tiled=True)), tree)
 
 
-def any_of(here: bool, now: bool = True) -> bool:
-    """Whether it holds in any process. now: whether this is a moment at which they may wait for one another."""
+def mesh_of(tree: Any) -> Mesh | None:
+    """The mesh over which the arrays of a tree are divided; None: they are whole."""
+    place = getattr(jax.tree.leaves(tree)[0], "sharding", None)
+    return place.mesh if isinstance(place, NamedSharding) else None
+
+
+def local_mesh() -> Mesh | None:
+    """This process's own devices, on which it may work alone; None if it has one."""
+    devices = jax.local_devices()
+    return sharding.make_mesh(devices, context=len(devices)) if len(devices) > 1 else None
+
+
+def any_of(here: bool) -> bool:
+    """Whether it holds in any process; all of them must call it."""
     if jax.process_count() == 1:
         return here
-    return bool(now and np.any(multihost_utils.process_allgather(np.asarray(here))))
+    return bool(np.any(multihost_utils.process_allgather(np.asarray(here))))
+
+
+class Stopping:
+    """Whether processes that train together stop: after the same step, whichever of them is asked to.
+
+    They ask one another every few seconds, since that waits for the steps before, and a machine that is taken back has
+    half a minute. After how many steps that is follows from the slowest one's clock, which all of them know.
+
+    Args:
+      step: the one before the first.
+      at_most: they ask one another after so many steps, however quick those are.
+    """
+
+    SECONDS = 2.0
+
+    def __init__(self, step: int, at_most: int):
+        self.signal = 0  # that any of them has got
+        self._at_most, self._due = at_most, step
+        self._last = step, time.monotonic()
+
+    def agreed(self, step: int, signal: int, out_of_time: bool) -> bool:
+        """Whether they stop after a step. signal: that this process has got, or 0."""
+        if jax.process_count() == 1:
+            self.signal = signal
+            return bool(signal) or out_of_time
+        if step < self._due:
+            return False
+        before, since = self._last
+        here = np.array([signal, out_of_time, (time.monotonic() - since) / max(step - before, 1)], np.float32)
+        signal_of_any, late, seconds = np.max(multihost_utils.process_allgather(here), axis=0)
+        steps = int(self.SECONDS / max(float(seconds), 1e-6)) if step > before else 1
+        self._due, self._last = step + max(1, min(steps, self._at_most)), (step, time.monotonic())
+        self.signal = int(signal_of_any)
+        return bool(self.signal) or bool(late)
 
 
 def wait() -> None:

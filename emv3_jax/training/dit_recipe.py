@@ -26,7 +26,7 @@ from emv3_jax.models import dit
 from emv3_jax.models.dit import Conditions, DiT
 from emv3_jax.options import SamplingOptions
 from emv3_jax.puppets import clips, evaluation
-from emv3_jax.training import adapters, losses, pictures, schedule, starts
+from emv3_jax.training import adapters, distributed, losses, pictures, schedule, starts
 from emv3_jax.training.losses import Mean
 
 SFT, PAIRED = "sft", "dpo"
@@ -49,8 +49,11 @@ class DiTRecipe:
     @property
     def frozen(self) -> Mapping[str, Any]:
         """The models that are not trained, read when they are used and not kept."""
+        return self._frozen_on(None)
+
+    def _frozen_on(self, mesh: jax.sharding.Mesh | None) -> Mapping[str, Any]:
         roles = [role for role in pipeline.expected_params(self.preset) if role not in self.trained]
-        return pipeline.load_models(self.preset, self.cfg.frozen_weights, roles)
+        return pipeline.load_models(self.preset, self.cfg.frozen_weights, roles, mesh)
 
     @functools.cached_property
     def words(self) -> Any:
@@ -217,13 +220,17 @@ class DiTRecipe:
         self, weights: Any, batch: dict[str, Any], keys: dict[str, jax.Array], drop: bool
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Errors of the velocity of each sample, weighted and plain, and the times they are of."""
-        x0 = batch["latents"]
-        count = x0.shape[0] // 2 if self.cfg.objective == PAIRED else x0.shape[0]
+        x0, together = batch["latents"], 2 if self.cfg.objective == PAIRED else 1  # a pair is of one time and noise
+        if x0.shape[0] % together:
+            raise UserError(
+                f"config key micro_batches: a part of {x0.shape[0]} samples would tear a pair apart; it must divide the"
+                " clips of a batch in config key stages"
+            )
+        count = x0.shape[0] // together
         t = flow.sample_timesteps(keys["time"], count, self.cfg.shift, self.cfg.timesteps)
         noise = jax.random.normal(keys["noise"], (count, *x0.shape[1:]))
         modal = self.phda.sample(keys["phda"], t)
-        t, noise, modal = jax.tree.map(lambda x: jnp.tile(x, (x0.shape[0] // count, *(1,) * (x.ndim - 1))),
-                                       (t, noise, modal))  # fmt: skip
+        t, noise, modal = jax.tree.map(lambda x: jnp.repeat(x, together, axis=0), (t, noise, modal))
         cond = self.conditions(weights, batch, keys["drop"] if drop else None)
         velocity = jnp.asarray(self.dit.apply({"params": weights["dit"]}, flow.add_noise(x0, noise, t), t, cond, modal))
         plain = losses.velocity_errors(velocity, x0, noise)
@@ -239,8 +246,10 @@ class DiTRecipe:
     # What is seen and written.
 
     def make_pipeline(self, weights: Any) -> pipeline.Pipeline:
-        """The pipeline with the trained models."""
-        return pipeline.Pipeline(self.preset, collections.ChainMap(weights, self.frozen), self.phda, self.words)
+        """The pipeline with the trained models, on the mesh over which they are divided."""
+        mesh = distributed.mesh_of(weights)
+        models = collections.ChainMap(weights, self._frozen_on(mesh))
+        return pipeline.Pipeline(self.preset, models, self.phda, self.words, mesh)
 
     def evaluate(self, params: Any, constants: Any) -> tuple[dict[str, float], dict[str, np.ndarray]]:
         """Held-out puppets, generated and scored; of presets that know none, a clip of the dataset, generated."""

@@ -58,7 +58,8 @@ class Recipe(Protocol):
         """Tokens of a batch and FLOPs of a step on it; 0 where they are not known."""
 
     def evaluate(self, params: Any, constants: Any) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-        """Scores on held-out data, and pictures [H, W, 3] or videos [F, H, W, 3] uint8."""
+        """Scores on held-out data, and pictures [H, W, 3] or videos [F, H, W, 3] uint8. Of several processes one calls
+        it; what it is given lies on all the devices that may be used."""
 
     def export(self, params: Any, constants: Any, folder: pathlib.Path) -> None:
         """Writes the weights in the form that the package ships."""
@@ -95,6 +96,7 @@ def train(recipe: Recipe, cfg: Any, workdir: pathlib.Path) -> int:
     state, shardings = _start(recipe, optimizer, cfg.seed, mesh)
     constants = _divided(recipe.constants, mesh)
     update = train_state.make_update(recipe.loss, optimizer, cfg.ema_decay, cfg.micro_batches, recipe.restarts())
+    _remove_half_written(workdir / "checkpoints")
     options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
     handler = ocp.StandardCheckpointHandler()
     with ocp.CheckpointManager(workdir / "checkpoints", options=options, item_handlers=handler) as checkpoints:
@@ -147,16 +149,33 @@ def say(line: str) -> None:
         print(line, flush=True)
 
 
+def _remove_half_written(folder: pathlib.Path) -> None:
+    """Removes what a run left that was killed while it saved."""
+    if jax.process_index() == 0:
+        for left in sorted(folder.glob("*.orbax-checkpoint-tmp*")):
+            shutil.rmtree(left)
+            say(f"the checkpoint of step {left.name.partition('.')[0]} was only half written: it was removed")
+    distributed.wait()
+
+
 def _resume(checkpoints: ocp.CheckpointManager, state: TrainState, workdir: pathlib.Path) -> TrainState:
     """The newest checkpoint that can be read, or `state` if there is none at all; damaged ones are moved aside."""
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-    damaged: dict[int, Exception] = {}
+    damaged: dict[int, str] = {}
     for step in sorted(checkpoints.all_steps(), reverse=True):
+        why, differences, restored = "", [], None
         try:
             differences = _differences(checkpoints.item_metadata(step), state)
             restored = None if differences else checkpoints.restore(step, args=ocp.args.StandardRestore(abstract))
         except Exception as error:  # Orbax passes on whatever its readers raise
-            damaged[step] = error
+            why = f"{type(error).__name__}: {str(error)[:100]}"
+            if _may_pass(error):
+                raise UserError(
+                    f"the checkpoint of step {step} in {workdir} could not be read ({why}), and may be whole: it was"
+                    " left as it is; look at the memory and the disk, then give the same command again"
+                ) from error
+        if distributed.any_of(bool(why)):
+            damaged[step] = why or "another process could not read it"
             continue
         if restored is None:
             more = f"; {len(differences) - 3} more" if len(differences) > 3 else ""
@@ -166,19 +185,28 @@ def _resume(checkpoints: ocp.CheckpointManager, state: TrainState, workdir: path
             )
         for bad in damaged:
             aside = workdir / f"damaged_checkpoint_{bad}"
-            shutil.rmtree(aside, ignore_errors=True)
-            (workdir / "checkpoints" / str(bad)).rename(aside)
+            if jax.process_index() == 0:
+                shutil.rmtree(aside, ignore_errors=True)
+                (workdir / "checkpoints" / str(bad)).rename(aside)
             say(f"the checkpoint of step {bad} is damaged and was moved to {aside}")
+        distributed.wait()
         checkpoints.reload()
         say(f"resumed from step {step} in {workdir}")
         return restored
     if damaged:
-        newest = damaged[max(damaged)]
         raise UserError(
-            f"no checkpoint in {workdir / 'checkpoints'} can be read ({type(newest).__name__}: {str(newest)[:100]}):"
+            f"no checkpoint in {workdir / 'checkpoints'} can be read ({damaged[max(damaged)]}):"
             " delete that folder to start from nothing, or give another --workdir"
         )
     return state
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether reading failed for want of memory, or because of the disk, and not because of what was read."""
+    absent = isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
+    system = isinstance(error, OSError | MemoryError) and not absent
+    signs = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAVAILABLE", "DEADLINE_EXCEEDED")
+    return system or any(sign in str(error) for sign in signs)
 
 
 def _differences(saved: Any, state: Any) -> list[str]:
@@ -212,20 +240,29 @@ class _Run:
 
     def crank(self, state: TrainState) -> tuple[TrainState, int]:
         """The last state, in a checkpoint if a step was taken, and the signal that ended the loop, or 0."""
+        report = _Report(self.cfg, self.log)
+        try:
+            return self._turn(state, report)
+        finally:
+            report.flush()
+
+    def _turn(self, state: TrainState, report: "_Report") -> tuple[TrainState, int]:
+        """`crank`, which tells what is left to be told however this ends."""
         cfg, recipe, first, started = self.cfg, self.recipe, int(state.step), time.monotonic()
         step = first  # the last one that was taken; state.step would have to be waited for
-        report, watch = _Report(cfg, self.log), _Watch(cfg.bad_steps, recipe)
+        watch, stopping = _Watch(cfg.bad_steps, recipe, self.log), distributed.Stopping(first, cfg.log_every)
         waiting = self._batches(first + 1)
         with _Signals() as signals:
             while True:
                 out_of_time = bool(cfg.minutes) and time.monotonic() - started > 60 * cfg.minutes
-                done = step >= cfg.steps or distributed.any_of(
-                    bool(signals.received) or out_of_time, now=step % cfg.log_every == 0
-                )
+                done = step >= cfg.steps or stopping.agreed(step, next(iter(signals.received), 0), out_of_time)
                 if step > first and (done or step % cfg.checkpoint_every == 0):
                     watch.look()  # saving waits for the steps anyway
                     if self.checkpoints.latest_step() != step:
+                        report.flush()  # a run that goes on from here would not tell it
                         self.checkpoints.save(step, args=ocp.args.StandardSave(state))
+                if step > first and step % cfg.eval_every == 0 and not stopping.signal:
+                    self._evaluate(step, state, signals)
                 if done:
                     break
                 # One of many processes goes on until all stop, for its steps need the others.
@@ -235,15 +272,13 @@ class _Run:
                 with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
                     state, metrics = self.step_fn(state, self.constants, self._placed(batch, step + 1))
                 step += 1
-                watch.add(step, metrics["finite"])
-                report.add(step, metrics, recipe.work(batch))
+                watch.add(step, metrics)
+                report.add(step, metrics, self._work(batch, step))
                 if step % cfg.log_every == 0 or step == first + 1:
                     report.tell_previous()
-                if step % cfg.eval_every == 0:
-                    self._evaluate(step, state, signals)
         self.checkpoints.wait_until_finished()
         report.flush()
-        stopped = signals.received[0] if signals.received and step < cfg.steps else 0
+        stopped = stopping.signal if step < cfg.steps else 0
         if stopped:
             say(f"stopped by {signal.Signals(stopped).name}; the same command goes on from here")
         return state, stopped
@@ -261,9 +296,35 @@ class _Run:
             return batch
         return distributed.place_batch(batch, self.mesh, self.recipe.batch_size(step), self._rows(step))
 
+    def _work(self, batch: Any, step: int) -> tuple[int, float]:
+        """What the whole batch asks of all processes, of which `batch` is the rows that are here."""
+        (tokens, flops), rows = self.recipe.work(batch), self._rows(step)
+        share = 1.0 if rows is None else len(rows) / self.recipe.batch_size(step)
+        return round(tokens / share), flops / share
+
     def _evaluate(self, step: int, state: TrainState, signals: "_Signals") -> None:
-        average, kept = distributed.to_host(state.ema), distributed.to_host(self.constants)
-        if jax.process_index() or not (seen := signals.break_off(self.recipe.evaluate, average, kept)):
+        """Scores the moving average where it lies; of several processes the first does so alone, on its own devices."""
+        self.checkpoints.wait_until_finished()  # whatever comes of this, the step is safe
+        average, kept = state.ema, self.constants
+        if jax.process_count() > 1:
+            average, kept = distributed.to_host(average), distributed.to_host(kept)
+            if jax.process_index():
+                return
+
+        def scored() -> tuple[dict[str, float], dict[str, np.ndarray]]:
+            given = average, kept
+            if jax.process_count() > 1 and (mesh := distributed.local_mesh()):
+                given = jax.device_put(given, train_state.tree_shardings(given, mesh))
+            return self.recipe.evaluate(*given)
+
+        try:
+            seen = signals.break_off(scored)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            say(f"note: step {step} was not evaluated, for want of memory: {str(error).splitlines()[0][:200]}")
+            return
+        if not seen:
             return
         scores, pictures = seen
         self.log.scalars(step, scores)
@@ -317,26 +378,35 @@ class _Signals:
 
 
 class _Watch:
-    """Notices every step whose loss was not finite, two steps late, so that the machine never waits for the loop."""
+    """Notices every step whose loss was not finite, or that taught nothing, two steps late, so that the machine never
+    waits for the loop."""
 
-    def __init__(self, limit: int, recipe: Recipe):
-        self.limit, self.recipe, self.in_a_row = limit, recipe, 0
-        self.unread: collections.deque[tuple[int, jax.Array]] = collections.deque()
+    def __init__(self, limit: int, recipe: Recipe, log: RunLog):
+        self.limit, self.recipe, self.log, self.in_a_row, self.zeros = limit, recipe, log, 0, 0
+        self.unread: collections.deque[tuple[int, jax.Array, jax.Array]] = collections.deque()
 
-    def add(self, step: int, finite: jax.Array) -> None:
+    def add(self, step: int, metrics: dict[str, Any]) -> None:
         """Takes note of a step, and looks at the one before the last."""
-        self.unread.append((step, finite))
+        self.unread.append((step, metrics["finite"], metrics["loss"]))
         self.look(leave=2)
 
     def look(self, leave: int = 0) -> None:
         """Raises UserError if `limit` steps in a row were not finite. leave: that many of the newest unread."""
         while len(self.unread) > leave:
-            step, finite = self.unread.popleft()
+            step, finite, loss = self.unread.popleft()
+            self.zeros = 0 if float(loss) else self.zeros + 1
+            if self.zeros == self.limit:
+                say(
+                    f"note: the loss was exactly 0 {self.limit} times in a row, up to step {step}, and taught nothing:"
+                    " a preference has nothing left to unlearn, or its config key beta is too high"
+                )
             if finite:
                 self.in_a_row = 0
                 continue
             self.in_a_row += 1
-            say(f"step {step} was not finite and changed nothing; its batch: {', '.join(self.recipe.ids(step))}")
+            ids = self.recipe.ids(step)
+            say(f"step {step} was not finite and changed nothing; its batch: {', '.join(ids)}")
+            self.log.line(step, not_finite=ids)
             if self.in_a_row >= self.limit:
                 raise UserError(
                     f"the loss or its gradient was not finite {self.in_a_row} times in a row, up to step {step}; the"
@@ -407,8 +477,9 @@ class _Report:
                 values[name] = float(value)
             elif float(value.count):
                 values[name] = float(value.total) / float(value.count)
-        self.log.scalars(step, {**values, "learning_rate": float(self.rate(step - 1)), **speeds})
+        rate = float(self.rate(int(values.pop("updates"))))  # a step that was not finite did not count
+        self.log.scalars(step, {**values, "learning_rate": rate, **speeds})
         shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items() if name != "finite")
-        rate = speeds.get("steps_per_second", 0.0)
-        speed = f"{rate:.2f} steps/s  {(self.steps - step) / rate / 60:.0f} min left  " if rate else ""
+        pace = speeds.get("steps_per_second", 0.0)
+        speed = f"{pace:.2f} steps/s  {(self.steps - step) / pace / 60:.0f} min left  " if pace else ""
         say(f"step {step}/{self.steps}  {speed}{shown}")

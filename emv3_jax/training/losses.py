@@ -50,6 +50,10 @@ class Mean:
     def __add__(self, other: "Mean") -> "Mean":
         return Mean(self.total + other.total, self.count + other.count)
 
+    def where(self, holds: jax.Array) -> "Mean":
+        """It, or where `holds` is false the mean of nothing."""
+        return Mean(jnp.where(holds, self.total, 0.0), jnp.where(holds, self.count, 0.0))
+
 
 def mean_where(values: jax.Array, where: jax.Array) -> Mean:
     """Of those of values [B] for which where [B] holds."""
@@ -85,8 +89,9 @@ def negative_dpo_absolute(errors: jax.Array, reference: jax.Array, beta: float) 
 
 
 def paired_dpo(errors: jax.Array, reference: jax.Array, beta: float) -> jax.Array:
-    """DPO on pairs: the first half of errors [2B] is of the preferred samples, the second of the others."""
-    better, worse = jnp.split(errors - reference, 2)
+    """DPO on pairs that lie side by side: errors [2B] are of a preferred sample, of the other one of its pair, ..."""
+    ahead = errors - reference
+    better, worse = ahead[::2], ahead[1::2]
     return jnp.mean(jax.nn.softplus(beta * (better - worse)))
 
 

@@ -2,8 +2,10 @@
 
 import io
 import json
+import math
 import pathlib
 import time
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -38,14 +40,22 @@ class RunLog:
         self._start = time.time()
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        """One line, one point a curve."""
+        """One line, one point a curve. JSON knows no infinity and no NaN: such values are null, and no points."""
         if self._workdir is None:
             return
         values = {name: float(value) for name, value in values.items()}
-        self._lines.write(json.dumps({"step": step, "seconds": round(time.time() - self._start, 1), **values}) + "\n")
-        self._lines.flush()
+        self.line(step, **{name: value if math.isfinite(value) else None for name, value in values.items()})
         for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+            if math.isfinite(value):
+                self._board.add_scalar(name, value, step)
+
+    def line(self, step: int, **values: Any) -> None:
+        """One line, of whatever JSON can hold."""
+        if self._workdir is None:
+            return
+        line = {"step": step, "seconds": round(time.time() - self._start, 1), **values}
+        self._lines.write(json.dumps(line, allow_nan=False) + "\n")
+        self._lines.flush()
 
     def picture(self, step: int, name: str, picture: np.ndarray) -> None:
         """A picture [H, W, 3] uint8, or a video [F, H, W, 3] uint8, which is kept as `samples`/NAME_STEP.mp4 too."""

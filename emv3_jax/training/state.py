@@ -1,5 +1,6 @@
 """What training carries from step to step, and the one update that changes it."""
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,8 +12,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from emv3_jax import sharding
 from emv3_jax.errors import UserError
+from emv3_jax.training.losses import Mean
 
 Params = Any
+# Last names of the parameters that weight decay pulls towards 0: those that multiply activations, and tables of rows.
+# By name and not by the number of dimensions, for stacked layers add one: their biases and gains have two.
+DECAYED = re.compile(r"(.*/)?(kernel|time_kernel|v|embedding|position_embedding|down|up)")
 STEP_STREAM = 2**31  # sets the keys of steps apart from those that initialise parameters
 # loss(params, constants, batch, key) -> loss and metrics; constants are parameters that do not change.
 LossFn = Callable[[Params, Any, Any, jax.Array], tuple[jax.Array, dict[str, Any]]]
@@ -60,7 +65,7 @@ def make_schedule(cfg: Any) -> optax.Schedule:
 
 
 def make_optimizer(cfg: Any) -> optax.GradientTransformation:
-    """AdamW with clipped gradients.
+    """AdamW with clipped gradients; kernels, embeddings and adapters decay, and nothing else.
 
     Args:
       cfg: what `make_schedule` reads, weight_decay, clip_norm, beta2; optionally `frozen`: names of top-level parameter
@@ -68,7 +73,13 @@ def make_optimizer(cfg: Any) -> optax.GradientTransformation:
     Raises:
       UserError: the warm-up is too long, or (when it meets the parameters) a frozen group does not exist.
     """
-    decayed = lambda params: jax.tree.map(lambda p: p.ndim > 1, params)  # noqa: E731
+
+    def decayed(params: Params) -> Any:
+        def is_decayed(path: tuple, leaf: Any) -> bool:
+            return bool(DECAYED.fullmatch(jax.tree_util.keystr(path, simple=True, separator="/")))
+
+        return jax.tree_util.tree_map_with_path(is_decayed, params)
+
     adamw = optax.chain(
         optax.clip_by_global_norm(cfg.clip_norm),
         optax.adamw(make_schedule(cfg), b2=cfg.beta2, weight_decay=cfg.weight_decay, mask=decayed),
@@ -114,7 +125,8 @@ def make_update(
 
     What is drawn follows from the state's key and step, so a resumed run draws what an uninterrupted one would have
     drawn. The moving average starts fast: its decay is min(ema_decay, (1 + step) / (10 + step)). A step whose loss or
-    gradient is not finite changes nothing but the step number; its metrics say `finite` = 0.
+    gradient is not finite changes nothing but the step number; its metrics say `finite` = 0, and its means are of
+    nothing. `updates` is how many steps before have changed the weights, by which the optimizer knows its rate.
 
     Args:
       micro_batches: the batch is taken in so many equal parts, one after another, in the memory of one; their gradients
@@ -147,6 +159,8 @@ def make_update(
         if restarts:
             restart = jnp.isin(state.step, jnp.asarray(restarts))
             before = jax.lax.cond(restart, lambda: state.ema, lambda: state.params)
+        counts = optax.tree_utils.tree_get_all_with_path(state.opt_state, "count")  # none of plain gradient descent
+        updates_before = counts[0][1] if counts else state.step
         (loss, metrics), grads = gradients(before, constants, batch, key)
         norm = optax.global_norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
@@ -158,7 +172,9 @@ def make_update(
         state = TrainState(
             state.step + 1, keep(params, before), keep(opt_state, state.opt_state), keep(ema, state.ema), state.key
         )
-        return state, {"loss": loss, "grad_norm": norm, "finite": finite.astype(jnp.float32), **metrics}
+        metrics = {name: value.where(finite) if isinstance(value, Mean) else value for name, value in metrics.items()}
+        report = {"loss": loss, "grad_norm": norm, "finite": finite.astype(jnp.float32), "updates": updates_before}
+        return state, {**report, **metrics}
 
     return update
 

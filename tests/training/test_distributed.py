@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import signal
 import socket
 import subprocess
 import sys
@@ -10,8 +11,12 @@ import sys
 import numpy as np
 import orbax.checkpoint as ocp
 
+from emv3_jax.training import distributed
+
 PROGRAM = '''
+import os
 import pathlib
+import signal
 import sys
 import jax
 import jax.numpy as jnp
@@ -20,7 +25,7 @@ import numpy as np
 from emv3_jax import checkpoint
 from emv3_jax.training import loop
 
-port, process, processes, steps, workdir = sys.argv[1:]
+port, process, processes, stop, workdir = sys.argv[1:]
 jax.config.update("jax_num_cpu_devices", 4 // int(processes))
 if int(processes) > 1:
     jax.distributed.initialize(f"localhost:{port}", int(processes), int(process))
@@ -48,9 +53,11 @@ class Line:
         return []
 
     def work(self, batch):
-        return 0, 0.0
+        return len(batch), 0.0
 
     def batch(self, step, rows=None):
+        if step == int(stop) and int(process) == int(processes) - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
         x = np.random.default_rng(step).normal(size=(8, 8)).astype(np.float32)
         if int(processes) > 1:
             assert len(rows) == 4, rows
@@ -62,51 +69,99 @@ class Line:
         return jnp.mean(jnp.square(error)), {}
 
     def evaluate(self, params, constants):
-        return {"sum": float(np.sum(params["mlp"]["up"]["kernel"]))}, {}
+        kernel = params["mlp"]["up"]["kernel"]
+        assert kernel.devices() == set(jax.local_devices()) and kernel.sharding.spec[-2] is not None
+        assert constants["fixed"]["kernel"].devices() == kernel.devices()
+        return {"sum": float(jax.jit(jnp.sum)(kernel))}, {}
 
     def export(self, params, constants, folder):
         checkpoint.save_models(folder, {"line": params})
 
 
 cfg = ml_collections.ConfigDict({
-    "steps": int(steps), "seed": 0, "learning_rates": ((12, 0.2),), "warmup_steps": 2, "final_lr_share": 1.0,
+    "steps": 12, "seed": 0, "learning_rates": ((12, 0.2),), "warmup_steps": 2, "final_lr_share": 1.0,
     "weight_decay": 0.0, "clip_norm": 1.0, "beta2": 0.99, "ema_decay": 0.9, "minutes": 0.0, "bad_steps": 3,
     "mesh": {"data": 1}, "micro_batches": 1, "batches_ahead": 0, "log_every": 1, "eval_every": 4,
     "checkpoint_every": 5,
 })
-assert loop.train(Line(), cfg, pathlib.Path(workdir)) == 0
+assert loop.train(Line(), cfg, pathlib.Path(workdir)) == (signal.SIGTERM if int(stop) else 0)
 '''
 
 
-def train(workdir: pathlib.Path, processes: int, steps: int) -> None:
+def train(workdir: pathlib.Path, processes: int, stop: int = 0) -> str:
+    """What the first process says; stop: the step whose batch the last process is making when a signal stops it."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     running = [
         subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, port, str(process), str(processes), str(steps), str(workdir)],
+            [sys.executable, "-c", PROGRAM, port, str(process), str(processes), str(stop), str(workdir)],
             env={**os.environ, "JAX_PLATFORMS": "cpu"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
         for process in range(processes)
     ]  # fmt: skip
+    said = []
     for process in running:
-        out, _ = process.communicate(timeout=240)
-        assert process.returncode == 0, out
+        said.append(process.communicate(timeout=240)[0])
+        assert process.returncode == 0, said[-1]
+    return said[0]
+
+
+def lines(workdir: pathlib.Path) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
 def losses(workdir: pathlib.Path) -> list[float]:
-    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [row["loss"] for row in rows if "loss" in row]
+    return [row["loss"] for row in lines(workdir) if "loss" in row]
 
 
 def test_two_processes_train_what_one_trains_and_either_goes_on_from_the_other(tmp_path):
-    train(tmp_path / "one", 1, 12)
-    train(tmp_path / "two", 2, 12)
-    train(tmp_path / "changed", 2, 6)
-    train(tmp_path / "changed", 1, 12)  # one process has the four devices that two had
+    """A signal to one of two ends both after the same step; evaluations are of the first one's devices."""
+    train(tmp_path / "one", 1)
+    train(tmp_path / "two", 2)
+    assert "stopped by SIGTERM" in train(tmp_path / "changed", 2, stop=6)
+    with ocp.CheckpointManager(tmp_path / "changed" / "checkpoints") as checkpoints:
+        assert checkpoints.latest_step() == 6
+    for path in (tmp_path / "changed" / "checkpoints" / "6").rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    out = train(tmp_path / "changed", 2, stop=7)
+    assert "the checkpoint of step 6 is damaged and was moved" in out and "resumed from step 5" in out
+    train(tmp_path / "changed", 1)  # one process has the four devices that two had
     wanted = losses(tmp_path / "one")
     assert len(wanted) == 12 and wanted[-1] < 0.5 * wanted[0]
     np.testing.assert_allclose(losses(tmp_path / "two"), wanted, rtol=1e-5)
-    np.testing.assert_allclose(losses(tmp_path / "changed")[:6], wanted[:6], rtol=1e-5)
+    np.testing.assert_allclose(losses(tmp_path / "changed"), wanted, rtol=1e-5)
     with ocp.CheckpointManager(tmp_path / "changed" / "checkpoints") as checkpoints:
         assert checkpoints.latest_step() == 12
+    sums = [[row["sum"] for row in lines(tmp_path / name) if "sum" in row] for name in ("one", "two", "changed")]
+    assert len(sums[0]) == 3
+    np.testing.assert_allclose(sums[1:], [sums[0]] * 2, rtol=1e-4)
+    for row in lines(tmp_path / "two"):
+        if "tokens_per_second" in row:
+            np.testing.assert_allclose(row["tokens_per_second"], 8 * row["steps_per_second"], rtol=1e-6)
+
+
+def test_processes_ask_one_another_every_few_seconds(monkeypatch):
+    """At 10 seconds a step after every one, at a tenth after as many as fit, and never after more than a line's."""
+    now, asked = [0.0], []
+
+    def gather(here):
+        asked.append(step)
+        return np.stack([here, [0, 0, 0]])
+
+    monkeypatch.setattr(distributed.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(distributed.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(distributed.multihost_utils, "process_allgather", gather)
+    stopping = distributed.Stopping(7, at_most=50)
+    for seconds, start, end, wanted in (
+        (10.0, 7, 12, [7, 8, 9, 10, 11]), (0.0999, 12, 50, [12, 13, 33]), (0.001, 50, 150, [53, 76, 126]),
+    ):  # fmt: skip
+        asked.clear()
+        for step in range(start, end):
+            assert not stopping.agreed(step, 0, False)
+            now[0] += seconds
+        assert asked == wanted
+    step = 176
+    assert not stopping.agreed(175, signal.SIGTERM, False)
+    assert stopping.agreed(176, signal.SIGTERM, False) and stopping.signal == signal.SIGTERM

@@ -238,10 +238,51 @@ def test_a_run_that_died_goes_on_from_its_newest_checkpoint(tmp_path, whole):
     assert last_state(tmp_path)[0] == 5
     loop.train(Quadratic(), config(), tmp_path)
     assert_same_run(tmp_path, whole)
+    assert [row["step"] for row in lines(tmp_path) if "loss" in row] == [1, 4, 6, 8, 12]  # none is lost; 6: the first
+
+
+def test_lines_are_told_before_the_checkpoint_that_follows_them(tmp_path, monkeypatch):
+    """So a run that is killed after it, and goes on from there, has them."""
+    told = {}
+    save = ocp.CheckpointManager.save
+
+    def look(self, step, **keywords):
+        told[step] = [row["step"] for row in lines(tmp_path) if "loss" in row]
+        return save(self, step, **keywords)
+
+    monkeypatch.setattr(ocp.CheckpointManager, "save", look)
+    with pytest.raises(UserError, match="not finite 3 times"):
+        loop.train(Quadratic(bad=(12, 13, 14)), config(steps=20, learning_rates=((20, 0.2),)), tmp_path)
+    assert told == {5: [1, 4], 10: [1, 4, 8]}
+    assert [row["step"] for row in lines(tmp_path) if "loss" in row] == [1, 4, 8, 12]
+
+
+def test_a_step_is_saved_before_it_is_evaluated_and_want_of_memory_is_survived(tmp_path, whole, capsys):
+    saved = []
+
+    def evaluate(params, constants):
+        saved.append(last_state(tmp_path)[0])
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 2147483648 bytes.")
+
+    recipe = Quadratic()
+    recipe.evaluate = evaluate
+    assert loop.train(recipe, config(checkpoint_every=6), tmp_path) == 0
+    assert saved == [6, 12]
+    assert "note: step 6 was not evaluated, for want of memory: RESOURCE_EXHAUSTED" in capsys.readouterr().out
+    assert_same_run(tmp_path, whole)
+    recipe.evaluate = lambda params, constants: (_ for _ in ()).throw(jax.errors.JaxRuntimeError("INTERNAL: a bug"))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="a bug"):
+        loop.train(recipe, config(), tmp_path / "other")
+
+
+def test_a_loss_of_exactly_nothing_is_told(tmp_path, capsys):
+    loop.train(Averaged(), config(steps=9, weight_decay=0.0), tmp_path)
+    note = "note: the loss was exactly 0 3 times in a row, up to step 3, and taught nothing: a preference has nothing"
+    assert capsys.readouterr().out.count(note) == 1
 
 
 def test_steps_that_are_taken_again_are_logged_once(tmp_path, whole):
-    """Steps 6 to 9 are in the log of the run that died, with another loss; the last line was never finished."""
+    """Steps 8 to 10 are in the log of the run that died, with another loss; the last line was never finished."""
 
     def die(step):
         if step == 11:
@@ -250,7 +291,7 @@ def test_steps_that_are_taken_again_are_logged_once(tmp_path, whole):
     with pytest.raises(RuntimeError):
         loop.train(Quadratic(before_batch=die), config(log_every=1, checkpoint_every=7), tmp_path)
     before = lines(tmp_path)
-    assert [row["step"] for row in before if "loss" in row] == list(range(1, 10))
+    assert [row["step"] for row in before if "loss" in row] == list(range(1, 11))
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 5, "seconds": 0.1, "lo')
     loop.train(Quadratic(), config(log_every=1, checkpoint_every=7), tmp_path)
@@ -293,6 +334,9 @@ def test_bad_steps_in_a_row_end_the_run_whatever_is_logged(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "step 3 was not finite and changed nothing; its batch: clip 3a, clip 3b" in out and "step 5 was" not in out
     assert not (tmp_path / "weights").exists()
+    rows = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "metrics.jsonl").open()]
+    named = {row["step"]: row["not_finite"] for row in rows if "not_finite" in row}
+    assert list(named) == [3, 4, 7, 8, 9] and named[3] == ["clip 3a", "clip 3b"]
 
 
 def test_bad_steps_at_the_very_end_are_noticed_too(tmp_path):
@@ -304,7 +348,44 @@ def test_single_bad_steps_are_survived(tmp_path):
     loop.train(Quadratic(bad=(2, 3, 5, 6, 8)), config(), tmp_path)
     step, state = last_state(tmp_path)
     assert step == 12 and np.abs(state["params"]["w"] - 1).max() < 0.5
-    assert [row["finite"] for row in lines(tmp_path) if "finite" in row] == [1, 1, 0, 1]
+    rows = [row for row in lines(tmp_path) if "finite" in row]
+    assert [row["finite"] for row in rows] == [1, 1, 0, 1]
+    assert [row["loss"] is None for row in rows] == [False, False, True, False]  # JSON has no NaN
+    rate = loop.train_state.make_schedule(config())
+    assert [row["learning_rate"] for row in rows] == [float(rate(updates)) for updates in (0, 1, 3, 6)]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(), OSError(116, "Stale file handle"), PermissionError(13, "Permission denied"),
+        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 2147483648 bytes."),
+    ],
+)  # fmt: skip
+def test_a_checkpoint_that_may_be_whole_is_left_as_it_is(tmp_path, monkeypatch, error):
+    def fail(*args, **keywords):
+        raise error
+
+    loop.train(Quadratic(), config(steps=3), tmp_path)
+    monkeypatch.setattr(ocp.CheckpointManager, "restore", fail)
+    with pytest.raises(
+        UserError, match="checkpoint of step 3 .* could not be read .* left as it is; look at the memory"
+    ):
+        loop.train(Quadratic(), config(), tmp_path)
+    monkeypatch.undo()
+    assert last_state(tmp_path)[0] == 3
+
+
+def test_a_half_written_checkpoint_is_told_and_removed(tmp_path, whole, capsys):
+    loop.train(Quadratic(before_batch=stop_at(8)), config(), tmp_path)
+    left = tmp_path / "checkpoints" / "9.orbax-checkpoint-tmp-1"
+    left.mkdir()
+    (left / "part").write_bytes(b"half")
+    loop.train(Quadratic(), config(), tmp_path)
+    out = capsys.readouterr().out
+    assert "the checkpoint of step 9 was only half written: it was removed" in out and "resumed from step 7" in out
+    assert not left.exists()
+    assert_same_run(tmp_path, whole)
 
 
 def test_a_damaged_checkpoint_is_moved_aside_and_the_one_before_is_used(tmp_path, whole, capsys):

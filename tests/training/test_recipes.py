@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from tiny_runs import arrays_equal, config
 
-from emv3_jax import checkpoint, conditioning, pipeline
+from emv3_jax import checkpoint, conditioning, pipeline, sharding
 from emv3_jax.config import DEMO, PRESETS
 from emv3_jax.data.examples import TRAINED_TASKS
 from emv3_jax.diffusion.phda import EVEN, PhDAConfig
@@ -19,7 +19,7 @@ from emv3_jax.errors import UserError
 from emv3_jax.models import vae as vae_model
 from emv3_jax.pipeline import expected_params, load_pipeline
 from emv3_jax.puppets import clips, requests
-from emv3_jax.training import loop, recipes, starts
+from emv3_jax.training import loop, negatives, recipes, starts, verdicts
 from emv3_jax.training import state as train_state
 from emv3_jax.training.dit_recipe import DiTRecipe
 from emv3_jax.training.vae_recipe import VAERecipe
@@ -179,6 +179,18 @@ def test_dit_is_scored_and_its_weights_come_back(dit, make, tiny, tiny_pipeline,
     assert arrays_equal(make(init_from=str(tmp_path)).init(), params)
 
 
+def test_weights_on_a_mesh_are_scored_on_it(make, weights):
+    """Adapters and what they stand beside, and models that are not trained."""
+    lora = make(init_from=str(weights), adapters={"rank": 2, "scale": 4.0, "on": "blocks/.*/(query|out)"})
+    mesh, given = sharding.make_mesh(), (lora.init(), lora.constants())
+    placed = jax.device_put(given, train_state.tree_shardings(given, mesh))
+    pipe = lora.make_pipeline(lora.weights(*placed))
+    assert pipe.mesh == mesh
+    for role in ("dit", "text", "image", "vae"):
+        assert all(leaf.sharding.mesh == mesh for leaf in jax.tree.leaves(pipe.params[role])), role
+    assert lora.make_pipeline(lora.weights(*given)).mesh is None
+
+
 def test_trained_weights_know_their_sizes_and_their_phases(make, tiny, tmp_path, monkeypatch):
     """load_pipeline needs no config for them, whatever the preset's own sizes are."""
     recipe = make(phda={"audio": (500.0, 600.0, 1.0, 0.0)})
@@ -314,6 +326,38 @@ def test_preferences_make_negatives_less_likely(make, weights, review, objective
     if objective == "ndpo":
         before, after = losses_after(recipe, 8)
         assert after < before
+
+
+def test_parts_of_a_batch_of_pairs_hold_whole_pairs(make, weights, review):
+    """A true clip and its negative lie side by side, and are seen at one time with one noise."""
+    keys = {"init_from": str(weights), "negatives": str(review), "objective": "dpo", "beta": 1.0}
+    recipe = make(**keys, stages=((10, ((9, 2),)),))
+    batch, seen = recipe.batch(3), []
+    parts = jax.tree.map(lambda leaf: leaf.reshape(2, -1, *leaf.shape[1:]), batch)
+    clips_of = {row["id"]: np.load(review / f"{row['id']}.npz") for row in verdicts.read_clips(review)}
+    for name, latents in zip(recipe.ids(3), parts["latents"], strict=True):
+        np.testing.assert_array_equal(latents[0], clips_of[name][negatives.TRUE].astype(np.float32))
+        np.testing.assert_array_equal(latents[1], clips_of[name]["latents"].astype(np.float32))
+    recipe.dit = Recording(seen)
+    recipe.loss(recipe.init(), recipe.constants(), {**batch, "latents": np.zeros_like(batch["latents"])},
+                jax.random.key(0))  # fmt: skip
+    for x, t, modal in seen:
+        for some in (x, t, modal):
+            np.testing.assert_array_equal(some[::2], some[1::2])
+            assert np.any(some[0] != some[2]) or some is modal
+    with pytest.raises(UserError, match="micro_batches: a part of 3 samples would tear a pair apart"):
+        recipe.loss(recipe.init(), recipe.constants(), jax.tree.map(lambda leaf: leaf[:3], batch), jax.random.key(0))
+
+
+class Recording:
+    """In place of a transformer: notes what it is asked for."""
+
+    def __init__(self, seen: list):
+        self.seen = seen
+
+    def apply(self, variables, x, t, cond, modal):
+        self.seen.append((np.asarray(x), np.asarray(t), np.asarray(modal)))
+        return x
 
 
 def test_tasks_join_where_weights_restart(make):

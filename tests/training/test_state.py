@@ -6,6 +6,7 @@ import ml_collections
 import numpy as np
 import optax
 import pytest
+from flax import traverse_util
 
 from emv3_jax.errors import UserError
 from emv3_jax.training import state as train_state
@@ -114,6 +115,37 @@ def test_weights_decay_and_biases_do_not():
     state, _ = step(train_state.init_state(params(), optimizer), {}, 3.0)
     np.testing.assert_allclose(state.params["head"]["kernel"], 1 - 0.1 * 0.5, rtol=1e-5)
     np.testing.assert_array_equal(state.params["head"]["bias"], 1.0)
+
+
+def test_stacked_layers_decay_as_one_layer_does():
+    """Stacking gives a bias two dimensions. Adapters and embeddings decay too."""
+    decaying = {
+        "blocks/mlp/up/kernel": (3, 2, 4), "blocks/query/down": (3, 2, 1), "blocks/query/up": (3, 1, 2),
+        "tokens/embedding": (5, 2), "res/time_kernel": (3, 2, 2), "patch/position_embedding": (4, 2),
+    }  # fmt: skip
+    staying = {
+        "blocks/mlp/up/bias": (3, 4), "blocks/norm/scale": (3, 2), "blocks/modulation": (3, 6, 2),
+        "blocks/down/bias": (3, 2), "res/gamma": (3, 2), "blocks/position_bias": (3, 8, 2), "class_embedding": (2,),
+    }  # fmt: skip
+    ones = traverse_util.unflatten_dict(
+        {path: jnp.ones(shape) for path, shape in {**decaying, **staying}.items()}, sep="/"
+    )
+    for frozen, still in (((), set()), (("tokens",), {"tokens/embedding"})):
+        optimizer = train_state.make_optimizer(config(warmup_steps=0, frozen=frozen))
+        updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, ones), optimizer.init(ones), ones)
+        updates = traverse_util.flatten_dict(updates, sep="/")
+        assert {path for path, update in updates.items() if np.any(update)} == decaying.keys() - still
+
+
+@pytest.mark.parametrize("frozen", [(), ("body",)])
+def test_the_rate_is_of_the_steps_that_counted(frozen):
+    optimizer = train_state.make_optimizer(config(frozen=frozen))
+    step = make_step(squares, optimizer, ema_decay=0.9)
+    state, seen = train_state.init_state(params(), optimizer), []
+    for value in (3.0, np.nan, 3.0, 3.0):
+        state, metrics = step(state, {}, value)
+        seen.append(int(metrics["updates"]))
+    assert seen == [0, 1, 1, 2]
 
 
 def test_every_step_and_every_seed_draws_its_own_numbers():
