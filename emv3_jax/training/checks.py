@@ -222,11 +222,13 @@ def stages(cfg: Any, kind_is: str, fits: Callable[[Sequence[int]], bool], words:
 
 
 def parts(cfg: Any) -> list[str]:
-    """What is wrong with `micro_batches` for any batch of `cfg.stages` that the run comes to; 0 fits itself to all.
+    """What is wrong with `micro_batches` for any batch of `cfg.stages` that the run comes to; 0 fits itself to them.
 
-    Of pairs too it divides the clips, so that no pair is torn apart.
+    Of pairs too it divides the clips, so that no pair is torn apart; which 0 would do.
     """
     count = cfg.get("micro_batches")
+    if not count and cfg.get("objective") == "dpo":
+        return ["config key micro_batches must be given for dpo: 0 takes samples one at a time, and tears pairs apart"]
     if not (whole(1)[0](count) and whole(1)[0](cfg.get("steps"))):
         return []
     sizes = {kind[-1] for kinds in _reached(cfg.stages, cfg.steps) for kind in kinds}

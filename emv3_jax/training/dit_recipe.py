@@ -220,17 +220,13 @@ class DiTRecipe:
         self, weights: Any, batch: dict[str, Any], keys: dict[str, jax.Array], drop: bool
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Errors of the velocity of each sample, weighted and plain, and the times they are of."""
-        x0, together = batch["latents"], 2 if self.cfg.objective == PAIRED else 1  # a pair is of one time and noise
-        if x0.shape[0] % together:
-            raise UserError(
-                f"config key micro_batches: a part of {x0.shape[0]} samples would tear a pair apart; it must divide the"
-                " clips of a batch in config key stages"
-            )
-        count = x0.shape[0] // together
+        x0 = batch["latents"]
+        count = x0.shape[0] // 2 if self.cfg.objective == PAIRED else x0.shape[0]
         t = flow.sample_timesteps(keys["time"], count, self.cfg.shift, self.cfg.timesteps)
         noise = jax.random.normal(keys["noise"], (count, *x0.shape[1:]))
         modal = self.phda.sample(keys["phda"], t)
-        t, noise, modal = jax.tree.map(lambda x: jnp.repeat(x, together, axis=0), (t, noise, modal))
+        t, noise, modal = jax.tree.map(lambda x: jnp.tile(x, (x0.shape[0] // count, *(1,) * (x.ndim - 1))),
+                                       (t, noise, modal))  # fmt: skip
         cond = self.conditions(weights, batch, keys["drop"] if drop else None)
         velocity = jnp.asarray(self.dit.apply({"params": weights["dit"]}, flow.add_noise(x0, noise, t), t, cond, modal))
         plain = losses.velocity_errors(velocity, x0, noise)

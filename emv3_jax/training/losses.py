@@ -89,9 +89,8 @@ def negative_dpo_absolute(errors: jax.Array, reference: jax.Array, beta: float) 
 
 
 def paired_dpo(errors: jax.Array, reference: jax.Array, beta: float) -> jax.Array:
-    """DPO on pairs that lie side by side: errors [2B] are of a preferred sample, of the other one of its pair, ..."""
-    ahead = errors - reference
-    better, worse = ahead[::2], ahead[1::2]
+    """DPO on pairs: the first half of errors [2B] is of the preferred samples, the second of the others."""
+    better, worse = jnp.split(errors - reference, 2)
     return jnp.mean(jax.nn.softplus(beta * (better - worse)))
 
 

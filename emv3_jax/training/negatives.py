@@ -80,13 +80,11 @@ class Negatives:
         return [self._ids[k] for k in self._picked(seed, step, size)]
 
     def examples(self, seed: int, step: int, size: int, paired: bool) -> tuple[list[Example], list[str]]:
-        """A step's negatives and their tasks; paired: each after the true clip that it was made after, so that parts of
-        a batch hold whole pairs."""
+        """A step's negatives and their tasks; paired: after the true clips that they were made after."""
         rows = [self.rows[k] for k in self._picked(seed, step, size)]
         names = [self.names[k] for k in self._picked(seed, step, size)]
         if paired:
-            pairs = [({**row, "latents": row[TRUE]}, row) for row in rows]
-            return [one for pair in pairs for one in pair], [name for name in names for _ in range(2)]
+            return [{**row, "latents": row[TRUE]} for row in rows] + rows, names * 2
         return rows, names
 
 

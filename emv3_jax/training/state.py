@@ -114,6 +114,12 @@ def tree_shardings(tree: Any, mesh: jax.sharding.Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(place, tree)
 
 
+def parts_of(batch: Any, count: int) -> Any:
+    """A batch [B, ...] in parts [count, B/count, ...], each of every count-th sample: what lies on a group of devices
+    stays there, and the two halves of a batch of pairs (paired DPO) are halves of every part."""
+    return jax.tree.map(lambda leaf: jnp.moveaxis(leaf.reshape(-1, count, *leaf.shape[1:]), 1, 0), batch)
+
+
 def make_update(
     loss_fn: LossFn,
     optimizer: optax.GradientTransformation,
@@ -130,8 +136,8 @@ def make_update(
 
     Args:
       micro_batches: the batch is taken in so many equal parts, one after another, in the memory of one; their gradients
-        are averaged. Each part has random keys of its own, and every n-th sample, so that what lies on a group of
-        devices stays there. 0: as many parts as leave one sample at a time to every group of devices.
+        are averaged. Each part has random keys of its own. 0: as many parts as leave one sample at a time to every
+        group of devices.
       restarts: steps after which the weights go on from the moving average (inter-task EMA, paper, Soup of Tasks).
     """
     gradient = jax.value_and_grad(loss_fn, has_aux=True)
@@ -143,7 +149,7 @@ def make_update(
         count = micro_batches or min(sizes) // sharding.batch_groups(min(sizes))
         if any(size % count for size in sizes):
             raise UserError(f"config key micro_batches: {count} does not divide a batch of {max(sizes)}")
-        parts = jax.tree.map(lambda leaf: jnp.moveaxis(leaf.reshape(-1, count, *leaf.shape[1:]), 1, 0), batch)
+        parts = parts_of(batch, count)
         one = lambda number, part: gradient(params, constants, part, jax.random.fold_in(key, number))  # noqa: E731
         zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(one, 0, jax.tree.map(lambda leaf: leaf[0], parts)))
 

@@ -49,6 +49,8 @@ def test_parts_are_those_of_the_batches_that_are_reached():
     pairs = {"objective": "dpo", "init_from": "x", "negatives": "y"}  # of whose 12 samples a quarter is no whole pairs
     (line,) = problems("dit", micro_batches=4, stages=((9, ((5, 6),)),), **pairs)
     assert "does not divide a batch of 6" in line
+    (line,) = problems("dit", micro_batches=0, **pairs)
+    assert line.startswith("config key micro_batches must be given for dpo")
 
 
 def test_steps_may_be_given_alone():

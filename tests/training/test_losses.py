@@ -75,12 +75,10 @@ def test_negative_dpo_pushes_away_and_stops_pushing(name):
 
 
 def test_paired_dpo_by_hand():
-    """Better than the reference on the preferred by 0.1, worse on the other by 0.2; then a pair the other way round."""
+    """Better than the reference on the preferred by 0.1, worse on the other by 0.2."""
     value = losses.paired_dpo(jnp.array([0.4, 0.7]), jnp.array([0.5, 0.5]), 10.0)
     np.testing.assert_allclose(value, np.log1p(np.exp(-3.0)), rtol=1e-6)
     assert losses.paired_dpo(jnp.array([0.7, 0.4]), jnp.array([0.5, 0.5]), 10.0) > 3.0
-    both = losses.paired_dpo(jnp.array([0.4, 0.7, 0.7, 0.4]), jnp.full(4, 0.5), 10.0)
-    np.testing.assert_allclose(both, (np.log1p(np.exp(-3.0)) + np.log1p(np.exp(3.0))) / 2, rtol=1e-6)
 
 
 def test_film_strip():
