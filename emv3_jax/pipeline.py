@@ -222,10 +222,11 @@ class Pipeline:
         options = options or SamplingOptions()
         self.words.encode(list(options.negatives.prompts))  # too long: say so before the work
         if folder is not None:
-            yield from render.stream(self, ready, options, on_step, folder, tell)
+            yield from render.stream(self, ready, options, on_step, folder, tell, kept=True)
             return
         with tempfile.TemporaryDirectory(prefix="emv3_render_") as temporary:
-            yield from render.stream(self, ready, options, on_step, pathlib.Path(temporary) / "render", tell)
+            folder = pathlib.Path(temporary) / "render"
+            yield from render.stream(self, ready, options, on_step, folder, tell, kept=False)
 
     def generate(
         self, request: Request, options: SamplingOptions | None = None, on_step: sampling.OnStep | None = None

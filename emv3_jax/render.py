@@ -59,11 +59,17 @@ class Clip:
 
 
 def stream(
-    pipe: Any, ready: Ready, options: SamplingOptions, on_step: OnStep | None, folder: pathlib.Path, tell: Tell
-) -> Iterator[np.ndarray]:
-    """See `Pipeline.stream`, whose arguments these are; the folder is removed at the end."""
+    pipe: Any, ready: Ready, options: SamplingOptions, on_step: OnStep | None, folder: pathlib.Path, tell: Tell,
+    kept: bool,
+) -> Iterator[np.ndarray]:  # fmt: skip
+    """See `Pipeline.stream`, whose arguments these are; the folder is removed at the end.
+
+    kept: whether the folder may be one of an earlier run, to go on from; if not, its weights need not be told apart.
+    """
     check(ready, options, pipe.preset)
     ready = shortened(ready, options, pipe.preset)
+    if kept:
+        claim(folder, settings_of(pipe, ready, options))
     run = Run(pipe, ready, options, folder, tell)
     if chunks := chunk_lengths(ready, options, pipe.preset):
         tell(f"long video: {len(chunks)} chunks, form {options.long_video}, noise {options.noise_name}")
@@ -122,9 +128,6 @@ class Run:
 
     With little memory (`pipeline.LoadedWhenUsed`) one model makes room for the next: the transformer is asked for when
     the first step needs it, after what is given was encoded, and let go of before pictures are decoded.
-
-    Raises:
-      UserError: the folder is that of another render.
     """
 
     def __init__(
@@ -133,7 +136,6 @@ class Run:
     ):  # fmt: skip
         self.pipe, self.ready, self.options, self.folder, self._tell = pipe, ready, options, folder, tell
         preset, self.vae = pipe.preset, pipe.preset.vae
-        claim(folder, settings_of(pipe, ready, options))
         ids, mask = pipe.words.encode([span.text for span in ready.prompts])
         has_image = np.array([ready.task != "t2v"], np.float32)
         self._states = pipe.states(ids, mask, scaled(ready.image)[None], has_image, options)

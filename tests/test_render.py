@@ -181,7 +181,7 @@ def test_as_many_windows_together_as_memory_allows(tiny_pipeline, tmp_path, monk
     one = video(tiny_pipeline, ask(41), options)
     for count, size in ((2, 2), (3, 3), (4, 3)):  # batches of equal size: 5 windows are 3 + 2, whether 3 or 4 fit
         changed = dataclasses.replace(options, windows_together=count)
-        again = render.Run(tiny_pipeline, ready, changed, tmp_path / "render")  # no other render: it may go on
+        again = render.Run(tiny_pipeline, ready, changed, tmp_path / "render")
         assert again._windows_together(clip, spans, 1) == size
         assert difference(one, video(tiny_pipeline, ask(41), changed)) <= 2
 
@@ -377,8 +377,9 @@ def test_what_changes_the_result_is_in_the_settings_and_what_only_memory_does_is
 def test_what_was_encoded_for_another_mouth_is_refused(tiny_pipeline, filmed, tmp_path):
     """The given latents of a render that was killed before its first step."""
     asked = Request(video=filmed, mouth=(40, 72, 24, 60), prompt=PROMPT, task="lipsync")
-    run = render.Run(tiny_pipeline, read_request(asked, tiny_pipeline.preset), OPTIONS, tmp_path / "render")
-    run.whole(OPTIONS.windows(7, 13))
+    ready = read_request(asked, tiny_pipeline.preset)
+    claim(tmp_path / "render", render.settings_of(tiny_pipeline, ready, OPTIONS))
+    render.Run(tiny_pipeline, ready, OPTIONS, tmp_path / "render").whole(OPTIONS.windows(7, 13))
     assert (tmp_path / "render" / "given.f32").exists() and not list(tmp_path.glob("render/chunk_*"))
     with pytest.raises(UserError, match="render with another mouth box: remove it"):
         video(tiny_pipeline, dataclasses.replace(asked, mouth=(8, 40, 24, 60)), folder=tmp_path / "render")
@@ -519,7 +520,7 @@ def test_with_little_memory_models_are_read_when_they_are_used(tiny_pipeline):
         return tree
 
     params = LoadedWhenUsed({role: lambda role=role: load(role) for role in tiny_pipeline.params})
-    pipe = Pipeline(tiny_pipeline.preset, params, marks=lambda: tiny_pipeline.marks)
+    pipe = Pipeline(tiny_pipeline.preset, params)
     np.testing.assert_array_equal(video(pipe, ask(5)), video(tiny_pipeline, ask(5)))
     assert read == ["text", "image", "vae", "dit", "vae"]
     del read[:]
