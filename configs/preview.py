@@ -1,4 +1,4 @@
-"""The released preview model, with the values of its demos.
+"""The released preview model, with the values of its demos (those of the newest demo, where demos differ).
 
 python sample.py --config configs/preview.py --image me.jpg --audio voice.wav --prompt "..." --out talk.mp4
 
@@ -33,19 +33,22 @@ def get_config() -> ml_collections.ConfigDict:
             # how the velocity is followed
             "sampling": {
                 "sampler": "flow",  # or unipc, dpmpp
-                "steps": 20,  # 5 will do for talking heads; 15 to 25 for bodies
+                "steps": 25,  # 5 will do for talking heads; 15 to 25 for bodies
                 "shift": 5.0,
                 "text_scale": 4.0,  # 3 to 6
                 "audio_scale": 2.9,  # 1.8 to 3
                 "text_dynamic": True,
                 "audio_dynamic": True,
                 "cfg_skip_ratio": 0.0,
-                "negative_prompt": "bad hands, twisted fingers, blurred hands, unclear gestures",
+                "negative_prompt": (
+                    "Gesture is bad. Gesture is unclear. Strange and twisted hands. Bad hands. Bad fingers. Unclear "
+                    "and blurry hands. 手部快速摆动, 手指频繁抽搐, 夸张手势, 重复机械性动作."
+                ),
                 "negative_motion": "",  # PNG: added in the early phase
                 "negative_detail": "",  # and in the late one
                 "neg_scale": 1.5,  # the negative embedding grows by this in the first steps, up to neg_steps
                 "neg_steps": 2,
-                "cache_threshold": 0.0,  # TeaCache: 0.1 is the released value; 0 is off
+                "cache_threshold": 0.0,  # TeaCache: 0.1 is the released value, where it is on; 0 is off
                 "cache_start": 5,
                 "long_video": "",  # cfg, chained, released or none; empty: cfg, in released mode chained
                 "window": 0,  # video frames; 0: the longest clip of the preset, 113

@@ -125,12 +125,12 @@ def _long(
     """The same through windows and a folder, as long videos run."""
     windows = options.windows(noise.shape[1], 0)
 
-    def predict(members: tuple[int, ...], x: np.ndarray, i: int, memory: None) -> tuple[jax.Array, tuple]:
+    def predict(members: tuple[int, ...], x: np.ndarray, i: int, memory: None) -> tuple[jax.Array, None]:
         window = window_of(golden, cfg, windows.starts[members[0]], windows.ends[members[0]])
-        return steps.window_velocity(velocity, plan, parts, window, x, np.int32(i), ())
+        return steps.window_velocity(velocity, plan, parts, window, x, np.int32(i), ())[0], None
 
     with tempfile.TemporaryDirectory() as folder:
         start = lambda first, last: (noise[0, first:last], ())  # noqa: E731
-        store = Store(Path(folder) / "render", {}, noise.shape[2:], (), start, noise.shape[1])
+        store = Store(Path(folder) / "render", noise.shape[2:], (), start, noise.shape[1])
         long_video.follow(predict, options.solver, options.grid, windows, store, options.long_form.blend)
         return store.read_x(0, store.total)[None]

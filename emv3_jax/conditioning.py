@@ -59,7 +59,7 @@ def _log_mel(preset: Preset, params: Params, wave: np.ndarray, frames: int) -> n
 
 def _wav2vec2(preset: Preset, params: Params, wave: np.ndarray, frames: int) -> np.ndarray:
     assert preset.speech
-    return audio_preprocessing.preview_features(preset.speech, params["speech"], wave, frames)
+    return audio_preprocessing.preview_features(preset.speech, params["speech"], wave, frames, preset.fill_silence)
 
 
 def _wav2vec2_windows(preset: Preset, params: Params, wave: np.ndarray, frames: int) -> np.ndarray:
@@ -84,7 +84,8 @@ def audio_features(preset: Preset, wave: np.ndarray, frames: int, params: Params
       frames: of the video.
       params: holds "speech", where the preset has a speech encoder.
     Returns:
-      demo, preview [2·frames, audio_width]; flash [frames, 5, layers, audio_width], a view that repeats no memory.
+      demo, preview [2·frames, audio_width], preview without `fill_silence` at most so many; flash [frames, 5, layers,
+      audio_width], a view that repeats no memory.
     """
     return AUDIO_ENCODERS[preset.audio](preset, params, wave, frames)
 

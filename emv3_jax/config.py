@@ -162,7 +162,13 @@ class Preset:
     latent_step: int = 1
     phda: bool = False  # trained with PhDA weights (paper eq. 2)
     fit: str = "crop"  # how a picture gets its size (media.fit_image)
-    face_floored: bool = False  # the tokens of a face box: False, all that it touches; True, both ends rounded down
+    # A face box: False, it goes where the picture goes, and all tokens that it touches count; True, as released, height
+    # and width are scaled by one factor, and both ends rounded down.
+    face_floored: bool = False
+    # Where a sound is shorter than its video: True, silence follows; False, the video ends with the sound, and a speech
+    # encoder hears no silence after it, so that the last feature is missing.
+    fill_silence: bool = True
+    whole_chunks: bool = True  # chained long videos: the last chunk is as long as the others, or ends with the video
 
 
 # The words of the puppets' grammar (puppets/prompts.py), in the order that the demo's text encoder has learnt.
@@ -209,6 +215,9 @@ PRESETS = {preset.name: preset for preset in (DEMO, PREVIEW, FLASH)}
 
 def released(preset: Preset) -> Preset:
     """The preset with the released program's quirks in place of what is right (SPEC section 3): pictures are stretched
-    to the output size, by up to 15 pixels, and a face box loses the tokens that its lower and right edge reach into.
-    Sizes are its own too."""
-    return dataclasses.replace(preset, fit="stretch", face_floored=True, side_step=0, latent_step=1)
+    to the output size, by up to 15 pixels; a face box does not follow the stretching, and loses the tokens that its
+    lower and right edge reach into; a video is never longer than its sound, after which nothing is heard; and the last
+    chunk of a chained video is shortened to 4k + 1 frames, so that up to 3 are lost. Sizes are its own too."""
+    return dataclasses.replace(
+        preset, fit="stretch", face_floored=True, fill_silence=False, whole_chunks=False, side_step=0, latent_step=1
+    )

@@ -1,6 +1,8 @@
 """Paths: checked before work starts, written whole or not at all."""
 
 import contextlib
+import functools
+import hashlib
 import os
 import secrets
 import stat
@@ -15,6 +17,18 @@ PathLike = str | os.PathLike[str]
 def reason(error: OSError) -> str:
     """The operating system's own words for an error, without numbers and paths."""
     return (error.strerror or str(error) or type(error).__name__).lower()
+
+
+def file_hash(path: PathLike) -> str:
+    """SHA-256 of a file's contents, which are read once in the life of the program unless the file changes."""
+    status = os.stat(path)
+    return _file_hash(os.fspath(path), status.st_size, status.st_mtime_ns)
+
+
+@functools.lru_cache
+def _file_hash(path: str, size: int, changed: int) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_readable(path: PathLike, kind: str) -> Path:

@@ -153,6 +153,7 @@ class Renderer:
         self.words.encode(list(options.negatives.prompts))
         ready = read_request(request_of(job, self.cfg), self.preset, self.words)
         render.check(ready, options, self.preset)
+        ready = render.shortened(ready, options, self.preset)
         for note in (*ready.notes, *([demo.PUPPETS_ONLY] if self.preset.name == "demo" else [])):
             print(f"note: {note}")
         return ready, options

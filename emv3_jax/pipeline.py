@@ -25,7 +25,7 @@ from emv3_jax.diffusion import guidance, negatives
 from emv3_jax.diffusion import sampler as sampling
 from emv3_jax.diffusion.phda import PhDAConfig
 from emv3_jax.errors import UserError
-from emv3_jax.files import atomic_path
+from emv3_jax.files import atomic_path, check_readable, file_hash
 from emv3_jax.models import umt5
 from emv3_jax.models import vae as vae_model
 from emv3_jax.models.audio_tokens import audio_encoder
@@ -70,6 +70,7 @@ class Pipeline:
         them, all equally for the others.
       words: the tokenizer; default: the preset's own.
       mesh: over whose devices the sampling steps are divided (`sharding`); default: one device does it all.
+      marks: gives a text by role that tells the weights from others; default: made of every array's first numbers.
     """
 
     def __init__(
@@ -79,11 +80,18 @@ class Pipeline:
         phda: PhDAConfig | None = None,
         words: Any = None,
         mesh: jax.sharding.Mesh | None = None,
+        marks: Callable[[], Mapping[str, str]] | None = None,
     ):
         self.preset, self.params, self.mesh = preset, params, mesh
+        self._marks = marks or (lambda: {role: _mark(params[role]) for role in params})
         self.words = words or conditioning.tokenizer(preset)
         self.vae = vae_model.WanVAE(preset.vae)
-        self._weights = phda or (PhDAConfig() if preset.phda else None)
+        self.phda = phda or (PhDAConfig() if preset.phda else None)
+
+    @functools.cached_property
+    def marks(self) -> dict[str, str]:
+        """A text by role that tells the weights from others."""
+        return dict(self._marks())
 
     def on_mesh(self) -> contextlib.AbstractContextManager:
         """Within it, what is compiled is divided over the pipeline's devices."""
@@ -91,7 +99,7 @@ class Pipeline:
 
     def velocity(self) -> guidance.ModelVelocity:
         """The transformer with its weights."""
-        return guidance.ModelVelocity(self.params["dit"], DiT(self.preset.dit), self._weights)
+        return guidance.ModelVelocity(self.params["dit"], DiT(self.preset.dit), self.phda)
 
     @functools.cached_property
     def _encode_given(self) -> Any:
@@ -214,10 +222,11 @@ class Pipeline:
         options = options or SamplingOptions()
         self.words.encode(list(options.negatives.prompts))  # too long: say so before the work
         if folder is not None:
-            yield from render.stream(self, ready, options, on_step, folder, tell)
+            yield from render.stream(self, ready, options, on_step, folder, tell, kept=True)
             return
         with tempfile.TemporaryDirectory(prefix="emv3_render_") as temporary:
-            yield from render.stream(self, ready, options, on_step, pathlib.Path(temporary) / "render", tell)
+            folder = pathlib.Path(temporary) / "render"
+            yield from render.stream(self, ready, options, on_step, folder, tell, kept=False)
 
     def generate(
         self, request: Request, options: SamplingOptions | None = None, on_step: sampling.OnStep | None = None
@@ -227,8 +236,24 @@ class Pipeline:
         Raises:
           UserError: see `read_request`.
         """
-        ready = read_request(request, self.preset, self.words)
+        from emv3_jax import render
+
+        options = options or SamplingOptions()
+        ready = render.shortened(read_request(request, self.preset, self.words), options, self.preset)
         return Result(np.concatenate(list(self.stream(ready, options, on_step))), ready.wave, ready.notes)
+
+
+@jax.jit
+def _corners(params: Any) -> Any:
+    """The first numbers of every array, along all of its axes."""
+    return jax.tree.map(lambda leaf: leaf[(slice(4),) * leaf.ndim], params)
+
+
+def _mark(params: Any) -> str:
+    """SHA-256 of the first numbers of every array."""
+    return hashlib.sha256(
+        b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(_corners(params)))
+    ).hexdigest()
 
 
 @functools.partial(jax.jit, static_argnums=2)
@@ -290,7 +315,7 @@ def load_pipeline(
     words = words or load_tokenizer(preset, weights)
     loaders = _loaders(preset, weights, mesh, expected_params(preset))
     params = LoadedWhenUsed(loaders) if low_memory else {role: load() for role, load in loaders.items()}
-    return Pipeline(preset, params, phda, words, mesh)
+    return Pipeline(preset, params, phda, words, mesh, functools.partial(_file_marks, preset, weights, tuple(loaders)))
 
 
 def record_training(
@@ -385,6 +410,17 @@ class LoadedWhenUsed(Mapping[str, Any]):
         return len(self._loaders)
 
 
+def _file_marks(preset: Preset, weights: str | pathlib.Path | None, roles: Iterable[str]) -> dict[str, str]:
+    """SHA-256 by role of the file of our own training, or of the record of converted weights, which has those of all
+    their files; reads no model."""
+    folder = pathlib.Path(weights or WEIGHTS / preset.name)
+    paths = {role: locate(folder, role, preset) for role in roles}
+    return {
+        role: file_hash(check_readable(path if path.suffix == ".safetensors" else path / converted.RECORD, "weights"))
+        for role, path in paths.items()
+    }
+
+
 def weight_hashes(
     name: str, weights: str | pathlib.Path | None = None, roles: Iterable[str] | None = None
 ) -> dict[str, str]:
@@ -394,8 +430,7 @@ def weight_hashes(
     for role in roles or expected_params(PRESETS[name]):
         path = locate(folder, role, PRESETS[name])
         if path.suffix == ".safetensors":
-            with open(path, "rb") as file:
-                hashes[role] = hashlib.file_digest(file, "sha256").hexdigest()
+            hashes[role] = file_hash(path)
         else:
             hashes[role] = "+".join(source["sha256"] for source in converted.read_record(path).sources)
     return hashes

@@ -7,6 +7,7 @@ Axes: F video frames, T latent frames, A audio features, P prompts, S latent fra
 """
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import pathlib
@@ -18,12 +19,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from emv3_jax import conditioning, media, sharding, steps, tasks, timeline
+from emv3_jax.audio_preprocessing import FEATURES_PER_FRAME
 from emv3_jax.config import FPS, Preset
-from emv3_jax.contexts import Window
-from emv3_jax.diffusion import long_video
+from emv3_jax.contexts import Shared, Window
+from emv3_jax.diffusion import guidance, long_video
 from emv3_jax.diffusion.sampler import OnStep
-from emv3_jax.diffusion.store import FrameFile, Store
+from emv3_jax.diffusion.store import FrameFile, Store, claim
 from emv3_jax.errors import UserError
+from emv3_jax.files import file_hash
 from emv3_jax.models import vae as vae_model
 from emv3_jax.models.audio_tokens import audio_encoder
 from emv3_jax.options import SamplingOptions
@@ -55,20 +58,26 @@ class Clip:
 
 
 def stream(
-    pipe: Any, ready: Ready, options: SamplingOptions, on_step: OnStep | None, folder: pathlib.Path, tell: Tell
-) -> Iterator[np.ndarray]:
-    """See `Pipeline.stream`, whose arguments these are; the folder is left to the caller."""
+    pipe: Any, ready: Ready, options: SamplingOptions, on_step: OnStep | None, folder: pathlib.Path, tell: Tell,
+    kept: bool,
+) -> Iterator[np.ndarray]:  # fmt: skip
+    """See `Pipeline.stream`, whose arguments these are; the folder is left to the caller.
+
+    kept: whether the folder may be one of an earlier run, to go on from; if not, its weights need not be told apart.
+    """
     check(ready, options, pipe.preset)
-    run = Run(pipe, ready, options, folder)
-    windows = options.windows(pipe.preset.vae.latent_frames(run.frames), pipe.preset.max_frames)
-    for line in steps.describe(run.steps):
-        tell(line)
-    if len(windows.starts) > 1:
-        tell(f"long video: {len(windows.starts)} windows, form {options.long_video}, noise {options.noise_name}")
-    if options.long_video == "chained" and len(windows.starts) > 1:
-        frames = run.chained(on_step)
+    ready = shortened(ready, options, pipe.preset)
+    if kept:
+        claim(folder, settings_of(pipe, ready, options))
+    run = Run(pipe, ready, options, folder, tell)
+    if chunks := chunk_lengths(ready, options, pipe.preset):
+        tell(f"long video: {len(chunks)} chunks, form {options.long_video}, noise {options.noise_name}")
+        frames = run.chained(chunks, on_step)
     else:
-        frames = _first(ready.frames, run.decode(run.follow(run.whole(), windows, on_step)))
+        windows = options.windows(pipe.preset.vae.latent_frames(run.frames), pipe.preset.max_frames)
+        if len(windows.starts) > 1:
+            tell(f"long video: {len(windows.starts)} windows, form {options.long_video}, noise {options.noise_name}")
+        frames = _first(ready.frames, run.decode(run.follow(run.whole(windows), windows, on_step)))
     if ready.match_colours:
         frames = media.matched_to_first(frames)
     yield from frames if ready.video is None else run.dubbed(frames)
@@ -80,8 +89,8 @@ def check(ready: Ready, options: SamplingOptions, preset: Preset) -> None:
     Raises:
       UserError: windows that cannot overlap so far, or a task or a length that the chained form does not take.
     """
-    windows = options.windows(preset.vae.latent_frames(ready.frames), preset.max_frames)
-    if options.long_video != "chained" or len(windows.starts) == 1:
+    options.windows(preset.vae.latent_frames(ready.frames), preset.max_frames)
+    if options.long_video != "chained" or ready.frames <= (options.window or preset.max_frames):
         return
     if ready.task not in ("i2v", "t2v"):
         raise UserError(f"the chained form does not know the task {ready.task}: use long_video cfg")
@@ -89,24 +98,67 @@ def check(ready: Ready, options: SamplingOptions, preset: Preset) -> None:
         raise UserError(f"the chained form hands on {HANDED_ON} frames: window must be longer, got {options.window}")
 
 
-class Run:
-    """One render: what is embedded once, and the stages that follow."""
+def chunk_lengths(ready: Ready, options: SamplingOptions, preset: Preset) -> list[int]:
+    """Video frames of each chunk of the chained form, of which neighbours share HANDED_ON; none for other videos.
 
-    def __init__(self, pipe: Any, ready: Ready, options: SamplingOptions, folder: pathlib.Path):
-        self.pipe, self.ready, self.options, self.folder = pipe, ready, options, folder
+    All are as long as a window, or, without `whole_chunks`, the last has only the 4k + 1 frames that are left for it.
+    """
+    length = options.window or preset.max_frames
+    if options.long_video != "chained" or ready.frames <= length:
+        return []
+    before = -(-(ready.frames - length) // (length - HANDED_ON))
+    left = preset.vae.video_frames(preset.vae.latent_frames(ready.frames - before * (length - HANDED_ON)))
+    return [length] * before + [length if preset.whole_chunks else left]
+
+
+def shortened(ready: Ready, options: SamplingOptions, preset: Preset) -> Ready:
+    """A request with as many frames as its chunks make (`chunk_lengths`), and a note where those are fewer."""
+    chunks = chunk_lengths(ready, options, preset)
+    made = sum(chunks) - HANDED_ON * (len(chunks) - 1)
+    if not chunks or made >= ready.frames:
+        return ready
+    note = f"the last chunk has 4k + 1 frames, as released: the video ends after {made} of {ready.frames} frames"
+    return dataclasses.replace(ready, frames=made, notes=(*ready.notes, note))
+
+
+class Run:
+    """One render: what is embedded once, and the stages that follow.
+
+    With little memory (`pipeline.LoadedWhenUsed`) one model makes room for the next: the transformer is asked for when
+    the first step needs it, after what is given was encoded, and let go of before pictures are decoded.
+    """
+
+    def __init__(
+        self, pipe: Any, ready: Ready, options: SamplingOptions, folder: pathlib.Path,
+        tell: Tell = lambda line: None,
+    ):  # fmt: skip
+        self.pipe, self.ready, self.options, self.folder, self._tell = pipe, ready, options, folder, tell
         preset, self.vae = pipe.preset, pipe.preset.vae
         ids, mask = pipe.words.encode([span.text for span in ready.prompts])
         has_image = np.array([ready.task != "t2v"], np.float32)
-        # In this order, so that with little memory one model makes room for the next.
-        states = pipe.states(ids, mask, scaled(ready.image)[None], has_image, options)
+        self._states = pipe.states(ids, mask, scaled(ready.image)[None], has_image, options)
         self.frames = self._rounded_frames()
         self.features = conditioning.audio_features(preset, ready.heard, self.frames, pipe.params)
         self.gain = conditioning.face_tokens(ready.face, *ready.size, preset.face_floored)
-        self.velocity = pipe.velocity()
-        self.settings = settings_of(preset.name, self.velocity.params, ready, options)
-        self.shared = steps.shared(self.velocity, *states)
-        self.steps = steps.make_steps(options, self.velocity)
         self.audio = audio_encoder(preset.dit, parent=None)
+        self._velocity: guidance.ModelVelocity | None = None
+
+    @property
+    def velocity(self) -> guidance.ModelVelocity:
+        """The transformer with its weights, kept until pictures are decoded."""
+        self._velocity = self._velocity or self.pipe.velocity()
+        return self._velocity
+
+    @functools.cached_property
+    def shared(self) -> Shared:
+        return steps.shared(self.velocity, *self._states)
+
+    @functools.cached_property
+    def steps(self) -> steps.Steps:
+        made = steps.make_steps(self.options, self.velocity)
+        for line in steps.describe(made):
+            self._tell(line)
+        return made
 
     def _rounded_frames(self) -> int:
         """Frames that are made: some more than asked for, so that few lengths are compiled for one window."""
@@ -116,16 +168,16 @@ class Run:
         ends_open = self.ready.task in ("i2v", "t2v")
         return self.vae.video_frames(rounded) if ends_open and count <= longest else self.ready.frames
 
-    def whole(self) -> Clip:
-        """The whole video as one clip."""
-        count = self.vae.latent_frames(self.frames)
-        given = self._given_by_pictures(count) if self.ready.video is None else self._given_by_video()
-        return Clip(self.features, timeline.shares(self.ready.prompts, count), given)
+    def whole(self, windows: long_video.Windows) -> Clip:
+        """The whole video as one clip, with what its windows are given."""
+        given = self._given_by_pictures(windows) if self.ready.video is None else self._given_by_video()
+        return Clip(self.features, timeline.shares(self.ready.prompts, windows.total), given)
 
     def follow(self, clip: Clip, windows: long_video.Windows, on_step: OnStep | None) -> Store:
         """Follows a clip's velocity to the end, from where its folder stands."""
         pipe, solver, form = self.pipe, self.options.solver, self.options.long_form
-        shape, earlier = pipe.frame_shape(self.ready.size), clip.number * clip.latent_frames
+        shape = pipe.frame_shape(self.ready.size)
+        earlier = clip.number * self.vae.latent_frames(self.options.window or pipe.preset.max_frames)
 
         def start(first: int, last: int) -> tuple[np.ndarray, Any]:
             numbers = self.options.noises(np.arange(first, last), windows, self.ready.seed)
@@ -133,7 +185,7 @@ class Run:
             return np.asarray(x), solver.init(x)
 
         state = jax.eval_shape(solver.init, jax.ShapeDtypeStruct((1, *shape), jnp.float32))
-        store = Store(self.folder / f"chunk_{clip.number}", self.settings, shape, state, start, clip.latent_frames)
+        store = Store(self.folder / f"chunk_{clip.number}", shape, state, start, clip.latent_frames)
         spans = list(zip(windows.starts, windows.ends, strict=True))
         prompts = max(int(clip.share[:, a:b].any(axis=1).sum()) for a, b in spans)
 
@@ -142,7 +194,9 @@ class Run:
             arguments = self.velocity, self.steps, self.shared, window, x
             with pipe.on_mesh():
                 memory = steps.no_memory(*arguments) if memory is None else memory
-                return steps.window_velocity(*arguments, np.int32(i), memory)
+                v, memory = steps.window_velocity(*arguments, np.int32(i), memory)
+            computed = self.steps.computed
+            return v, memory if computed is not None and computed[i] else None
 
         group = self._windows_together(clip, spans, prompts)
         long_video.follow(predict, solver, self.options.grid, windows, store, form.blend, group, on_step)
@@ -155,10 +209,11 @@ class Run:
         return -(-len(spans) // batches)
 
     def _fitting(self, clip: Clip, spans: list[tuple[int, int]], prompts: int) -> int:
-        """What the compiler says of one window's memory, against what the device has left. A processor takes one."""
+        """What the compiler says of one window's memory, against what the device has left. A device that says nothing
+        of its memory, as a processor, takes one."""
         stats = jax.local_devices()[0].memory_stats()
         if len(spans) == 1 or not stats:
-            return 1
+            return self._data_shards()
         window = self._window(clip, spans[:1], prompts)
         x = np.zeros((1, spans[0][1] - spans[0][0], *self.pipe.frame_shape(self.ready.size)), np.float32)
         arguments = self.velocity, self.steps, self.shared, window, x
@@ -191,22 +246,21 @@ class Run:
 
     def decode(self, store: Store) -> Iterator[np.ndarray]:
         """The pixels of finished latents: [1 or 4, H, W, 3] uint8 at a time."""
+        self._velocity = None
         latents = (jnp.asarray(store.read_x(k, k + 1)[None]) for k in range(store.total))
         for piece in vae_model.decode_stream(self.pipe.vae, self.pipe.params["vae"], latents):
             yield media.to_uint8(np.asarray(piece[0]))
 
-    def chained(self, on_step: OnStep | None) -> Iterator[np.ndarray]:
-        """The released default for long videos: chunks of one window, each of which is given the last frames of the one
-        before; the frames that two chunks share are cross-faded (SPEC section 4)."""
-        length = self.options.window or self.pipe.preset.max_frames
-        count = -(-(self.ready.frames - HANDED_ON) // (length - HANDED_ON))
-        size = self.vae.latent_frames(length)
+    def chained(self, chunks: list[int], on_step: OnStep | None) -> Iterator[np.ndarray]:
+        """The released default for long videos: chunks (`chunk_lengths`) of one window, each of which is given the last
+        frames of the one before; the frames that two chunks share are cross-faded (SPEC section 4)."""
+        count = len(chunks)
         tail: list[np.ndarray] = []
         left = self.ready.frames
-        for number in range(count):
-            clip = self._chunk(number, length, tail)
+        for number, length in enumerate(chunks):
+            clip = self._chunk(number, number * (chunks[0] - HANDED_ON), length, tail)
             tell = _part_of(on_step, number, count)
-            pieces = self.decode(self.follow(clip, long_video.plan(size, size, 0), tell))
+            pieces = self.decode(self.follow(clip, long_video.Windows((0,), (clip.latent_frames,)), tell))
             held: list[np.ndarray] = []
             for j, frame in enumerate(frame for piece in pieces for frame in piece):
                 if j < len(tail):
@@ -218,12 +272,13 @@ class Run:
                     left -= 1
             tail = held
 
-    def _chunk(self, number: int, length: int, tail: list[np.ndarray]) -> Clip:
-        """Chunk `number` of the chained form, given the last frames of the one before."""
-        first = number * (length - HANDED_ON)
-        rate = len(self.features) // self.frames
+    def _chunk(self, number: int, first: int, length: int, tail: list[np.ndarray]) -> Clip:
+        """Chunk `number` of the chained form, from frame `first` on, given the last frames of the one before."""
+        preset = self.pipe.preset
+        rate = FEATURES_PER_FRAME if preset.dit.audio_windows is None else 1
         features = self.features[rate * first : rate * (first + length)]
-        features = np.pad(features, ((0, rate * length - len(features)), *((0, 0),) * (features.ndim - 1)))
+        if preset.fill_silence:
+            features = np.pad(features, ((0, rate * length - len(features)), *((0, 0),) * (features.ndim - 1)))
         spans = [
             dataclasses.replace(s, start=s.start - first / FPS, end=s.end - first / FPS) for s in self.ready.prompts
         ]
@@ -236,18 +291,17 @@ class Run:
             features, timeline.shares(tuple(spans), self.vae.latent_frames(length)), lambda a, b: given[a:b], number
         )
 
-    def _given_by_pictures(self, total: int) -> Given:
+    def _given_by_pictures(self, windows: long_video.Windows) -> Given:
         """Every window is given the first frame, as in the released loop, and the last one also the last (flf2v)."""
+
+        def kind(first: int, last: int) -> tuple[int, bool]:
+            return last - first, last == windows.total and self.ready.task == "flf2v"
+
         made: dict[tuple[int, bool], np.ndarray] = {}
-
-        def given(first: int, last: int) -> np.ndarray:
-            key = last - first, last == total and self.ready.task == "flf2v"
-            if key not in made:
-                video, mask = given_pixels(self.ready, self.vae.video_frames(key[0]), key[1])
-                made[key] = np.asarray(self.pipe.given_latents(video[None], mask[None]))[0]
-            return made[key]
-
-        return given
+        for count, ends in {kind(*window) for window in zip(windows.starts, windows.ends, strict=True)}:
+            video, mask = given_pixels(self.ready, self.vae.video_frames(count), ends)
+            made[count, ends] = np.asarray(self.pipe.given_latents(video[None], mask[None]))[0]
+        return lambda first, last: made[kind(first, last)]
 
     def _given_by_video(self) -> Given:
         """Everything but the mouth is given; encoded once, into a file."""
@@ -301,11 +355,14 @@ class Run:
             pass
 
 
-def settings_of(preset: str, params: Any, ready: Ready, options: SamplingOptions) -> dict[str, Any]:
-    """What a render depends on, to tell whether a folder belongs to it."""
-    # The first numbers of every array tell one set of weights from another.
-    first = [np.asarray(leaf.ravel()[:64]).tobytes() for leaf in jax.tree.leaves(params)]
-    arrays = {"image": ready.image, "last image": ready.last_image, "sound": ready.heard}
+def settings_of(pipe: Any, ready: Ready, options: SamplingOptions) -> dict[str, Any]:
+    """What a render's latents depend on, to tell whether a folder belongs to it; not what only memory or speed do."""
+    preset, sampling = dataclasses.asdict(pipe.preset), dataclasses.asdict(options)
+    for section, name in (preset["dit"], "remat"), (sampling, "windows_together"), (sampling, "branches_together"):
+        del section[name]
+    texts = [*(span.text for span in ready.prompts), *options.negatives.prompts]
+    tokens = np.concatenate(pipe.words.encode(texts), axis=1)
+    arrays = {"image": ready.image, "last image": ready.last_image, "sound": ready.heard, "tokens": tokens}
     return {
         **{name: _digest(array) for name, array in arrays.items() if array is not None},
         "task": ready.task,
@@ -315,10 +372,11 @@ def settings_of(preset: str, params: Any, ready: Ready, options: SamplingOptions
         "size": ready.size,
         "face box": ready.face,
         "mouth box": ready.mouth,
-        "video": str(ready.video.path) if ready.video is not None else None,
+        "video": file_hash(ready.video.path) if ready.video is not None else None,
         "preset": preset,
-        "weights": hashlib.sha256(b"".join(first)).hexdigest(),
-        "sampling": dataclasses.asdict(options),
+        "phda": None if pipe.phda is None else dataclasses.asdict(pipe.phda),
+        "weights": pipe.marks,
+        "sampling": sampling,
     }
 
 

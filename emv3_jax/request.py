@@ -307,7 +307,17 @@ def _fitted_face(face: Any, image: np.ndarray, size: tuple[int, int], preset: Pr
         notes.append(f"the voice acts on the face at {','.join(f'{side:.0f}' for side in face)} (y1,y2,x1,x2)")
     elif isinstance(face, str | os.PathLike):
         face = media.load_face_box(face, *source)
+    if preset.face_floored:
+        return _released_box(face, source, size)
     return fit_box(face, source[0], source[1], size[0], size[1], preset.fit)
+
+
+def _released_box(box: Box, source: tuple[int, int], size: tuple[int, int]) -> Box:
+    """A box of an image after it was stretched to another size, as the released program has it: both sides are scaled
+    by the root of the ratio of the areas, and it may reach past the picture. Raises UserError as `fit_box`."""
+    ratio = math.sqrt(size[0] * size[1] / source[0] / source[1])
+    y1, y2, x1, x2 = (float(side) * ratio for side in _checked_box(box, *source, "face box"))
+    return y1, y2, x1, x2
 
 
 def _read_sound(
@@ -339,6 +349,10 @@ def _read_sound(
         notes.append(f"video {video.path} lasts {video.seconds:.2f} s: only its first {made}")
     if video is not None and frames > _frames_of(video):
         raise UserError(f"video {video.path} lasts {video.seconds:.2f} s: {frames} frames are more than it has")
+    longest = frames_for(len(wave) / RATE)
+    if frames > longest and video is None and not preset.fill_silence:
+        notes.append(f"the sound lasts {len(wave) / RATE:.2f} s: {longest} frames are made of the {frames} asked for")
+        frames = longest
     notes += conditioning.audio_notes(preset, wave)
     # What comes out ends with the video, though the last generated pictures may lie past its end.
     seconds = frames / FPS if video is None else min(frames / FPS, video.seconds)

@@ -8,9 +8,17 @@ import pytest
 import soundfile
 from PIL import Image
 
-from emv3_jax import audio_preprocessing, conditioning, config, media
+from emv3_jax import audio_preprocessing, conditioning, config, media, render
 from emv3_jax.errors import UserError
-from emv3_jax.pipeline import Pipeline, Request, expected_params, fitted_size, load_pipeline, read_request
+from emv3_jax.pipeline import (
+    Pipeline,
+    Request,
+    SamplingOptions,
+    expected_params,
+    fitted_size,
+    load_pipeline,
+    read_request,
+)
 from emv3_jax.tokenizers import UMT5Tokenizer
 
 SPEECH = config.Wav2Vec2Config(
@@ -112,6 +120,19 @@ def test_a_speech_encoder_hears_the_whole_recording_not_what_the_video_keeps_of_
     np.testing.assert_array_equal(preview.prepare(ready)[0].audio[0], want)
 
 
+def test_in_released_mode_nothing_is_heard_after_the_sound(preview, folder, tmp_path):
+    """The last feature of a sound as long as its video reaches past its end, and is missing."""
+    wave = 0.1 * np.random.default_rng(1).standard_normal(FRAMES * 640).astype(np.float32)
+    heard = {}
+    for preset in (PREVIEW, config.released(PREVIEW)):
+        pipe = Pipeline(preset, preview.params, words=preview.words)
+        ready = read_request(request(folder, audio=wave), preset, pipe.words)
+        run = render.Run(pipe, ready, SamplingOptions(steps=1), tmp_path / str(len(heard)))
+        heard[len(run.features)] = run.features
+        np.testing.assert_array_equal(pipe.prepare(ready)[0].audio[0], run.features)
+    assert list(heard) == [2 * FRAMES, 2 * FRAMES - 1]
+
+
 def test_flash_hears_windows_has_no_face_mask_and_says_so(folder, make_params):
     flash = make(FLASH, folder, make_params)
     ready = read_request(request(folder, face=(0, 45, 0, 60)), FLASH, flash.words)
@@ -125,8 +146,6 @@ def test_flash_hears_windows_has_no_face_mask_and_says_so(folder, make_params):
 
 
 def options_of_one_step():
-    from emv3_jax.pipeline import SamplingOptions
-
     return SamplingOptions(steps=1, text_scale=1.0, audio_scale=2.0)
 
 

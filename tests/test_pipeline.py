@@ -1,6 +1,8 @@
 """From a request to frames, on a tiny preset with random weights: what must matter matters, and nothing else."""
 
 import dataclasses
+import pathlib
+import shutil
 
 import jax
 import numpy as np
@@ -8,15 +10,16 @@ import pytest
 import soundfile
 from PIL import Image
 
-from emv3_jax import checkpoint, conditioning, pipeline
+from emv3_jax import checkpoint, command_line, conditioning, config, pipeline
 from emv3_jax.config import DEMO
 from emv3_jax.errors import UserError
 from emv3_jax.models import log_mel
 from emv3_jax.models import vae as vae_model
-from emv3_jax.pipeline import FPS, RATE, Request, SamplingOptions, read_request
+from emv3_jax.pipeline import FPS, RATE, Request, SamplingOptions, load_pipeline, read_request
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 RNG = np.random.default_rng(0)
 IMAGE = RNG.integers(0, 256, (32, 32, 3), np.uint8)
 WAVE = (0.1 * RNG.standard_normal(RATE)).astype(np.float32)
@@ -274,3 +277,29 @@ def test_log_mel_continues_a_short_wave_with_silence_and_ignores_what_comes_late
     np.testing.assert_array_equal(log_mel.log_mel_features(wave, 5), whole[:10])
     padded = log_mel.log_mel_features(np.pad(wave, (0, RATE)), 40)
     np.testing.assert_array_equal(log_mel.log_mel_features(wave, 40), padded)
+
+
+def test_weights_are_told_apart_by_their_files_without_reading_them(tiny, tiny_pipeline, tmp_path, monkeypatch):
+    monkeypatch.setitem(config.PRESETS, "tiny", tiny)
+    checkpoint.save_models(tmp_path / "a", tiny_pipeline.params)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    other = jax.tree.map(lambda x: x.at[..., -1].add(1), tiny_pipeline.params["text"])
+    checkpoint.save_models(tmp_path / "c", {**tiny_pipeline.params, "text": other})
+    monkeypatch.setattr(pipeline, "_load_model", lambda *args: pytest.fail("a model was read"))
+    a, b, c = (load_pipeline("tiny", tmp_path / name, low_memory=True).marks for name in "abc")
+    assert a == b and {role for role in a if a[role] != c[role]} == {"text"}
+    shutil.copy(tmp_path / "c" / "text.safetensors", tmp_path / "b")
+    assert load_pipeline("tiny", tmp_path / "b", low_memory=True).marks == c
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("preview", {"sampler": "flow", "steps": 25, "text_scale": 4.0, "audio_scale": 2.9, "cache_threshold": 0.0}),
+        ("flash", {"sampler": "unipc", "steps": 8, "audio_scale": 3.0, "cache_threshold": 0.1, "cache_start": 5}),
+    ],
+)
+def test_presets_carry_the_values_of_the_released_demos(name, values):
+    sampling = command_line.load_config(CONFIGS / f"{name}.py").sampling
+    assert {key: sampling[key] for key in values} == values and sampling.shift == 5.0
+    assert sampling.negative_prompt.startswith("Gesture is bad.") == (name == "preview")

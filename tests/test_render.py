@@ -1,10 +1,13 @@
 """Long videos, tasks and interruptions through the pipeline, on the tiny preset with random weights."""
 
 import dataclasses
+import gc
+import weakref
 from pathlib import Path
 
 import av
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import soundfile
@@ -12,6 +15,8 @@ import soundfile
 from emv3_jax import conditioning, config, contexts, media, render, request, steps
 from emv3_jax.diffusion import long_video
 from emv3_jax.diffusion.guidance import CHAIN
+from emv3_jax.diffusion.phda import PhDAConfig
+from emv3_jax.diffusion.store import claim
 from emv3_jax.errors import UserError
 from emv3_jax.pipeline import RATE, Pipeline, Ready, Request, SamplingOptions, read_request
 
@@ -55,7 +60,8 @@ def test_one_window_is_what_sampling_in_memory_gives(tiny_pipeline, change, tmp_
     prepared, given = tiny_pipeline.prepare(ready)
     latents = tiny_pipeline.sample_latents(prepared, given, tiny_pipeline.noise(0, 9), options)
     again = render.Run(tiny_pipeline, ready, options, tmp_path / "render")
-    store = again.follow(again.whole(), options.windows(3, 13), None)
+    windows = options.windows(3, 13)
+    store = again.follow(again.whole(windows), windows, None)
     np.testing.assert_allclose(store.read_x(0, 3), latents[0], atol=2e-4)
     plain = dataclasses.replace(OPTIONS, steps=3)
     if change:
@@ -88,7 +94,8 @@ def test_a_long_video_begins_with_the_noise_of_its_form(tiny_pipeline, change, n
     options = dataclasses.replace(OPTIONS, window=13, **change)
     run = render.Run(tiny_pipeline, read_request(ask(37), tiny_pipeline.preset), options, tmp_path / "render")
     monkeypatch.setattr(long_video, "follow", lambda *args: None)
-    store = run.follow(run.whole(), options.windows(10, 13), None)
+    windows = options.windows(10, 13)
+    store = run.follow(run.whole(windows), windows, None)
     noise = np.asarray(tiny_pipeline.noise(0, 37))[0]
     np.testing.assert_array_equal(store.read_x(0, 10), noise[list(numbers)])
 
@@ -116,6 +123,9 @@ def test_windows_hear_what_the_whole_video_hears(tiny):
         piece = encoder.piece(82, start, count)
         heard = np.concatenate([piece.cut(features), np.zeros((1, 3), np.float32)])[piece.segments]
         np.testing.assert_array_equal(heard, whole[start : start + count])
+    short = encoder.piece(81, 0, 11)  # the whole sound, without its last feature: the released rate is above 2
+    heard = np.concatenate([short.cut(features[:81]), np.zeros((1, 3), np.float32)])[short.segments]
+    np.testing.assert_array_equal(heard, np.concatenate([features[:81], padded[-1:]])[encoder.segments(81, 11)])
     alone = encoder.piece(82, 3, 5, alone=True)
     heard = np.concatenate([alone.cut(features), np.zeros((1, 3), np.float32)])[alone.segments]
     own = np.concatenate([features[24:64], np.zeros((1, 3), np.float32)])
@@ -156,7 +166,8 @@ def test_as_many_windows_together_as_memory_allows(tiny_pipeline, tmp_path, monk
     options = dataclasses.replace(OPTIONS, window=9, overlap=1)
     ready = read_request(ask(41), tiny_pipeline.preset)
     run = render.Run(tiny_pipeline, ready, options, tmp_path / "render")
-    clip, windows = run.whole(), options.windows(11, 13)
+    windows = options.windows(11, 13)
+    clip = run.whole(windows)
     spans = list(zip(windows.starts, windows.ends, strict=True))
     assert len(spans) == 5 and run._windows_together(clip, spans, 1) == 1  # a processor says nothing of its memory
 
@@ -368,7 +379,7 @@ def test_an_interrupted_render_gives_the_same_video(tiny_pipeline, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         list(tiny_pipeline.stream(ready, options, stop, folder))
     assert folder.is_dir()
-    with pytest.raises(UserError, match="render with another sampling: remove it, or ask for the same"):
+    with pytest.raises(UserError, match="render with another sampling shift: remove it, or ask for the same"):
         list(tiny_pipeline.stream(ready, dataclasses.replace(options, shift=4.0), None, folder))
     done: list = []
     again = list(tiny_pipeline.stream(ready, options, lambda i, n: done.append(i), folder))
@@ -411,13 +422,115 @@ def test_an_interrupted_render_has_the_same_matched_colours(tiny_pipeline, tmp_p
         np.testing.assert_array_equal(again, whole)
 
 
+def test_what_changes_the_result_is_in_the_settings_and_what_only_memory_does_is_not(tiny_pipeline, filmed, tmp_path):
+    pipe, tiny = tiny_pipeline, tiny_pipeline.preset
+    ready = read_request(ask(9), tiny)
+    settings = render.settings_of(pipe, ready, OPTIONS)
+    other_text = jax.tree.map(lambda x: x + 1, pipe.params["text"])
+    dit = dataclasses.replace(tiny.dit, riflex=2)
+    changes = {
+        "text": Pipeline(tiny, {**pipe.params, "text": other_text}),
+        "riflex": Pipeline(dataclasses.replace(tiny, dit=dit), pipe.params),
+        "face_floored": Pipeline(dataclasses.replace(tiny, face_floored=True), pipe.params),
+        "phda": Pipeline(tiny, pipe.params, PhDAConfig(image=None)),
+    }
+    for name, changed in changes.items():
+        claim(tmp_path / name, settings)
+        with pytest.raises(UserError, match=f"a render with another .*{name}.*: remove it"):
+            claim(tmp_path / name, render.settings_of(changed, ready, OPTIONS))
+    less = dataclasses.replace(OPTIONS, windows_together=1, branches_together=False)
+    remat = Pipeline(dataclasses.replace(tiny, dit=dataclasses.replace(tiny.dit, remat="dots")), pipe.params)
+    assert render.settings_of(remat, ready, less) == settings
+    moved = tmp_path / "moved.mp4"
+    moved.write_bytes(Path(filmed).read_bytes())
+    asked = Request(video=filmed, mouth=(40, 72, 24, 60), prompt=PROMPT, task="lipsync")
+    settings = render.settings_of(pipe, read_request(asked, tiny), OPTIONS)
+    ready = read_request(dataclasses.replace(asked, video=moved), tiny)
+    assert render.settings_of(pipe, ready, OPTIONS) == settings
+    moved.write_bytes(Path(filmed).read_bytes() + b"\0")
+    assert render.settings_of(pipe, ready, OPTIONS) != settings
+
+
+def test_what_was_encoded_for_another_mouth_is_refused(tiny_pipeline, filmed, tmp_path):
+    """The given latents of a render that was killed before its first step."""
+    asked = Request(video=filmed, mouth=(40, 72, 24, 60), prompt=PROMPT, task="lipsync")
+    ready = read_request(asked, tiny_pipeline.preset)
+    claim(tmp_path / "render", render.settings_of(tiny_pipeline, ready, OPTIONS))
+    render.Run(tiny_pipeline, ready, OPTIONS, tmp_path / "render").whole(OPTIONS.windows(7, 13))
+    assert (tmp_path / "render" / "given.f32").exists() and not list(tmp_path.glob("render/chunk_*"))
+    with pytest.raises(UserError, match="render with another mouth box: remove it"):
+        video(tiny_pipeline, dataclasses.replace(asked, mouth=(8, 40, 24, 60)), folder=tmp_path / "render")
+
+
+def test_a_mesh_takes_a_window_a_shard(tiny_pipeline, tmp_path, monkeypatch):
+    """Also where a device says nothing of its memory."""
+    options = dataclasses.replace(OPTIONS, window=9, overlap=1)
+    run = render.Run(tiny_pipeline, read_request(ask(41), tiny_pipeline.preset), options, tmp_path / "render")
+    monkeypatch.setattr(run, "_data_shards", lambda: 2)
+    windows = options.windows(11, 13)
+    spans = list(zip(windows.starts, windows.ends, strict=True))
+    assert run._windows_together(run.whole(windows), spans, 1) == 2
+
+
+@pytest.mark.parametrize(
+    ("frames", "window", "whole", "chunks", "made"),
+    [
+        (113, 0, False, [], 113),
+        (117, 0, True, [113, 113], 117),
+        (117, 0, False, [113, 9], 114),
+        (218, 0, False, [113, 113], 218),  # the length that is left when 221 were asked for
+        (221, 0, False, [113, 113, 9], 219),
+        (17, 13, False, [13, 9], 14),
+    ],
+)
+def test_the_last_chunk_is_shortened_as_released(tiny, frames, window, whole, chunks, made):
+    preset = dataclasses.replace(tiny, max_frames=113, whole_chunks=whole)
+    options = dataclasses.replace(OPTIONS, long_video="chained", window=window)
+    ready = dataclasses.replace(read_request(ask(5), tiny), frames=frames)
+    assert render.chunk_lengths(ready, options, preset) == chunks
+    ready = render.shortened(ready, options, preset)
+    assert ready.frames == made and ("ends after" in "".join(ready.notes)) == (made < frames)
+    assert render.shortened(ready, options, preset) is ready
+    assert render.chunk_lengths(ready, options, preset) == chunks
+
+
+def test_a_chained_video_of_the_released_mode(tiny_pipeline):
+    pipe = Pipeline(config.released(tiny_pipeline.preset), tiny_pipeline.params)
+    options = dataclasses.replace(OPTIONS, steps=1, long_video="chained", window=13)
+    made = pipe.generate(ask(17), options)
+    assert made.frames.shape[0] == 14 and any("the video ends after 14 of 17 frames" in note for note in made.notes)
+    whole = tiny_pipeline.generate(ask(17), options).frames
+    assert difference(made.frames[:5], whole[:5]) <= 2
+
+
+def test_a_released_video_ends_with_its_sound(tiny):
+    ready = read_request(ask(13, audio=WAVE[: 10 * 640]), config.released(tiny))
+    assert ready.frames == 9 and "the sound lasts 0.40 s: 9 frames are made of the 13 asked for" in ready.notes
+    ready = read_request(ask(13, audio=WAVE[: 10 * 640]), tiny)
+    assert ready.frames == 13 and any("silence was added" in note for note in ready.notes)
+
+
+def test_a_released_face_box_is_not_cut_at_the_edge(tiny):
+    """Pictures of 47 x 70 become 32 x 64: the released box is scaled by 0.789 and floored, whatever it reaches."""
+    preset = config.released(dataclasses.replace(tiny, keep_proportions=True, height=64, width=64))
+    picture = RNG.integers(0, 256, (70, 47, 3), np.uint8)
+    ready = read_request(ask(5, image=picture, face=(25, 70, 0, 47)), preset)
+    np.testing.assert_allclose(ready.face, np.array([25, 70, 0, 47]) * np.sqrt(64 * 32 / (70 * 47)))
+    tokens = conditioning.face_tokens(ready.face, *ready.size, preset.face_floored).reshape(4, 2)
+    assert tokens.tolist() == [[0, 0], [1, 1], [1, 1], [0, 0]]
+    square = np.zeros((64, 64, 3), np.uint8)
+    ready = read_request(ask(5, image=square, face=(16, 64, 0, 64)), preset)
+    tokens = conditioning.face_tokens(ready.face, *ready.size, preset.face_floored).reshape(4, 4)
+    assert tokens.sum(1).tolist() == [0, 4, 4, 4]
+
+
 def test_released_mode_stretches_and_floors(tiny):
     preset = config.released(dataclasses.replace(tiny, keep_proportions=True, height=64, width=64))
     picture = RNG.integers(0, 256, (70, 47, 3), np.uint8)
     ready = read_request(ask(5, image=picture, face=(0, 40, 0, 40)), preset)
     assert ready.size == (64, 32) and any("stretched to 32x64" in note for note in ready.notes)
     y1, y2, x1, x2 = ready.face
-    np.testing.assert_allclose([y2, x2], [40 * 64 / 70, 40 * 32 / 47], rtol=1e-6)
+    np.testing.assert_allclose([y2, x2], 40 * np.sqrt(64 * 32 / (70 * 47)), rtol=1e-6)  # one factor for both sides
     assert conditioning.face_tokens((0, 40, 0, 20), 64, 32, floored=True).reshape(4, 2).sum(0).tolist() == [2, 0]
     assert conditioning.face_tokens((0, 40, 0, 20), 64, 32).reshape(4, 2).sum(0).tolist() == [3, 3]
     assert request.fit_box((0, 70, 0, 47), 70, 47, 64, 32, "stretch") == (0, 64, 0, 32)
@@ -470,16 +583,25 @@ def test_what_is_not_a_video(tmp_path, content):
 
 
 def test_with_little_memory_models_are_read_when_they_are_used(tiny_pipeline):
-    """The same video, the transformer read once, and never two encoders at a time."""
+    """The same video, in as few readings as can be, and never two models at a time."""
     from emv3_jax.pipeline import LoadedWhenUsed
 
     read: list[str] = []
+    alive: list[weakref.ref] = []
 
     def load(role: str):
+        gc.collect()
+        assert not any(leaf() is not None for leaf in alive), f"{read[-1]} is still in memory, {role} is read"
         read.append(role)
-        return tiny_pipeline.params[role]
+        tree = jax.tree.map(jnp.copy, tiny_pipeline.params[role])
+        alive[:] = map(weakref.ref, jax.tree.leaves(tree))
+        return tree
 
     params = LoadedWhenUsed({role: lambda role=role: load(role) for role in tiny_pipeline.params})
-    got = video(Pipeline(tiny_pipeline.preset, params), ask(5))
-    np.testing.assert_array_equal(got, video(tiny_pipeline, ask(5)))
-    assert read.count("dit") == 1 and read.index("text") < read.index("image") < read.index("dit")
+    pipe = Pipeline(tiny_pipeline.preset, params)
+    np.testing.assert_array_equal(video(pipe, ask(5)), video(tiny_pipeline, ask(5)))
+    assert read == ["text", "image", "vae", "dit", "vae"]
+    del read[:]
+    options = dataclasses.replace(OPTIONS, long_video="chained", window=13)
+    np.testing.assert_array_equal(video(pipe, ask(17), options), video(tiny_pipeline, ask(17), options))
+    assert read == ["text", "image", *["vae", "dit", "vae"] * 2]

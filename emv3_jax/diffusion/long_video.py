@@ -36,7 +36,8 @@ from emv3_jax.diffusion.store import Store
 from emv3_jax.errors import UserError
 
 Blend = Callable[["Windows", int], list[np.ndarray]]
-# predict(numbers of windows of one size, x [G, S, h, w, C], step, memory) -> (velocities like x, memory)
+# predict(numbers of windows of one size, x [G, S, h, w, C], step, memory) -> (velocities like x, memory).
+# A memory is an array [R, G, ...], or None: before the first step, and where a step leaves it as it was.
 Predict = Callable[[tuple[int, ...], np.ndarray, int, Any], tuple[jax.Array, Any]]
 
 
@@ -182,11 +183,11 @@ def follow(
         weights = blend(windows, i)
         with store.next_step() as write:
             frames = np.zeros((max(windows.sizes), *store.frame_shape), np.float32)  # from the window's start on
-            for number, members in enumerate(windows.groups(group)):
+            for members in windows.groups(group):
                 padded = (*members, *members[-1:] * (group - len(members)))
                 x = np.stack([store.read_x(windows.starts[k], windows.ends[k]) for k in padded])
-                v, memory = predict(padded, x, i, store.read_memory(number))
-                store.write_memory(number, memory)
+                v, memory = predict(padded, x, i, _recall(store, padded))
+                _remember(store, members, memory)
                 for k, velocity in zip(members, np.asarray(v), strict=False):
                     frames[: len(velocity)] += weights[k].reshape(-1, *(1,) * len(store.frame_shape)) * velocity
                     first, last = windows.finished(k)
@@ -195,3 +196,15 @@ def follow(
                     frames = np.concatenate([frames[last - first :], np.zeros_like(frames[: last - first])])
         if on_step:
             on_step(i + 1, grid.steps)
+
+
+def _recall(store: Store, members: tuple[int, ...]) -> np.ndarray | None:
+    """What some windows remember, [R, G, ...]. Each has its own file: a render may go on with other groups."""
+    memories = [store.read_memory(k) for k in members]
+    return None if memories[0] is None else np.stack(memories, axis=1)
+
+
+def _remember(store: Store, members: tuple[int, ...], memory: jax.Array | None) -> None:
+    if memory is not None:
+        for k, one in zip(members, np.moveaxis(np.asarray(memory), 1, 0), strict=False):
+            store.write_memory(k, one)

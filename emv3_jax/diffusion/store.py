@@ -1,7 +1,8 @@
 """Latents on disk, frame by frame, with the step that they belong to: what a long render needs to fit in memory and to
 go on after it was interrupted.
 
-A folder holds two copies of the latents and of the solver's state, one of the last finished step and one that the next
+A render's folder holds `settings.json`, what the render depends on (`claim`), and a `Store` for each run of the solver.
+A store holds two copies of the latents and of the solver's state, one of the last finished step and one that the next
 step is written into, and `progress.json`, which is replaced when a step is whole. A step that was interrupted is done
 again from the copy that is whole.
 """
@@ -20,7 +21,43 @@ import numpy as np
 from emv3_jax.errors import UserError
 from emv3_jax.files import atomic_path, reason
 
+SETTINGS = "settings.json"
 PROGRESS = "progress.json"
+
+
+def claim(folder: pathlib.Path, settings: dict[str, Any]) -> None:
+    """Makes a folder the one of a render, before anything is put there or taken from it.
+
+    Args:
+      folder: made if need be.
+      settings: what the render depends on, plain JSON.
+    Raises:
+      UserError: the folder belongs to a render with other settings or holds something else, or cannot be written.
+    """
+    path, wanted = folder / SETTINGS, json.loads(json.dumps(settings))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not any(folder.iterdir()):
+            with atomic_path(path) as temporary:
+                temporary.write_text(json.dumps(wanted, indent=1))
+        found = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{folder} holds no {SETTINGS}, so whose it is cannot be told: remove it") from None
+    except OSError as error:
+        raise UserError(f"the render folder {folder} cannot be used: {reason(error)}") from None
+    except ValueError:
+        raise UserError(f"{path} is damaged: remove the folder {folder} and start the render again") from None
+    if names := _differences(found, wanted):
+        raise UserError(f"{folder} belongs to a render with another {', '.join(names)}: remove it, or ask for the same")
+
+
+def _differences(a: Any, b: Any, name: str = "") -> list[str]:
+    """Names of what differs in two pieces of JSON, as words: "sampling shift"."""
+    if not (isinstance(a, dict) and isinstance(b, dict)):
+        return [] if a == b else [name]
+    return [
+        found for key in sorted({*a, *b}) for found in _differences(a.get(key), b.get(key), f"{name} {key}".strip())
+    ]
 
 
 class FrameFile:
@@ -53,14 +90,13 @@ class Store:
     """The latents [T, *frame_shape] of a render and its solver's state (a pytree of arrays of the latents' shape).
 
     Args:
-      folder: made if need be.
-      settings: of the render, plain JSON; a folder that was made with others is refused.
+      folder: made if need be; one that is there belongs to the same render (`claim`).
       frame_shape: [h, w, C] of one latent frame.
       state: the solver's state as a pytree, whose leaves only count.
       start: first..last -> (latents, state) before the first step; called only for a new render.
       total: T.
     Raises:
-      UserError: the folder belongs to another render, or cannot be written.
+      UserError: the folder is damaged, or cannot be written.
     """
 
     CHUNK = 32  # latent frames that are written at a time when a render starts
@@ -68,14 +104,12 @@ class Store:
     def __init__(
         self,
         folder: pathlib.Path,
-        settings: dict[str, Any],
         frame_shape: tuple[int, ...],
         state: Any,
         start: Callable[[int, int], tuple[np.ndarray, Any]],
         total: int,
     ):
         self.folder, self.frame_shape, self.total = folder, tuple(frame_shape), total
-        self._settings = settings
         leaves, self._tree = jax.tree.flatten(state)
         self._leaves = len(leaves)
         self.done = 0
@@ -110,15 +144,14 @@ class Store:
         return jax.tree.unflatten(self._tree, leaves)
 
     def read_memory(self, number: int) -> Any:
-        """What the velocity of a group of windows remembers (`write_memory`); None before the first step."""
+        """What the velocity of a window remembers (`write_memory`); None before the first step."""
         path = self.folder / f"memory_{number}.npy"
         return np.load(path) if path.exists() else None
 
     def write_memory(self, number: int, memory: Any) -> None:
-        """Keeps an array until it is written again; an empty tree keeps nothing."""
-        if jax.tree.leaves(memory):
-            with atomic_path(self.folder / f"memory_{number}.npy") as path:
-                np.save(path, np.asarray(memory))
+        """Keeps an array until it is written again."""
+        with atomic_path(self.folder / f"memory_{number}.npy") as path:
+            np.save(path, memory)
 
     def remove(self) -> None:
         """Removes the folder."""
@@ -136,7 +169,7 @@ class Store:
             with open(self._file(step, number).path, "rb") as file:
                 os.fsync(file.fileno())
         with atomic_path(self.folder / PROGRESS) as path:
-            path.write_text(json.dumps({"done": step, "settings": self._settings}, indent=1))
+            path.write_text(json.dumps({"done": step}))
         self.done = step
 
     def _resume(self) -> bool:
@@ -145,15 +178,7 @@ class Store:
         if not path.exists():
             return False
         try:
-            progress = json.loads(path.read_text())
-            done, settings = int(progress["done"]), progress["settings"]
+            self.done = int(json.loads(path.read_text())["done"])
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{path} is damaged: remove the folder {self.folder} and start the render again") from None
-        wanted = json.loads(json.dumps(self._settings))
-        if settings != wanted:
-            names = sorted(k for k in {*settings, *wanted} if settings.get(k) != wanted.get(k))
-            raise UserError(
-                f"{self.folder} belongs to a render with another {', '.join(names)}: remove it, or ask for the same"
-            )
-        self.done = done
         return True

@@ -72,12 +72,16 @@ class AudioTokens(nn.Module):
         """What `count` latent frames from number `start` on hear of a sound of `audio_len` features.
 
         They hear what they would hear in a video of the whole length. alone: nothing of what lies outside the window's
-        own 8 features a latent frame, as in the released loop (SPEC section 4, long video).
+        own 8 features a latent frame, as in the released loop (SPEC section 4, long video). So does a window of the
+        whole sound: where the sound lacks a feature, the rate of its segments is the released one.
         """
         per_frame = 2 * TEMPORAL_FACTOR
         first, length = per_frame * start - LEAD, per_frame * count + LEAD
-        audible = (per_frame * start, min(audio_len, per_frame * (start + count))) if alone else (0, audio_len)
-        ranges = audio_ranges(per_frame * count, count) + per_frame * start
+        own = per_frame * start, min(audio_len, per_frame * (start + count))
+        alone = alone or own == (0, audio_len)
+        heard = max(2, own[1] - own[0]) if alone else per_frame * count
+        audible = own if alone else (0, audio_len)
+        ranges = audio_ranges(heard, count) + per_frame * start
         return Piece(first, length, _segments(ranges, audible, first, length))
 
 

@@ -8,7 +8,7 @@ import pytest
 from emv3_jax.diffusion import long_video, solvers
 from emv3_jax.diffusion.long_video import follow, plan, released_plan
 from emv3_jax.diffusion.sampler import sample
-from emv3_jax.diffusion.store import Store
+from emv3_jax.diffusion.store import Store, claim
 from emv3_jax.errors import UserError
 
 SHAPE = (2, 3, 4)
@@ -81,15 +81,15 @@ def predictor(grid, calls=None, fail_at=None):
             calls.append((i, members))
             if fail_at is not None and len(calls) == fail_at:
                 raise KeyboardInterrupt
-        return field(jnp.asarray(x), grid.timesteps[i], i), ()
+        return field(jnp.asarray(x), grid.timesteps[i], i), None
 
     return predict
 
 
-def new_store(folder, noise, solver, settings=None):
+def new_store(folder, noise, solver):
     state = solver.init(jnp.zeros((1, *SHAPE)))
     start = lambda a, b: (noise[a:b], solver.init(noise[a:b]))  # noqa: E731
-    return Store(folder, settings or {"seed": 1}, SHAPE, state, start, len(noise))
+    return Store(folder, SHAPE, state, start, len(noise))
 
 
 @pytest.mark.parametrize("name", solvers.SAMPLERS)
@@ -112,7 +112,7 @@ def test_overlaps_are_blended_by_their_weights(tmp_path):
     solver = solvers.euler(grid)
     windows = plan(9, 6, 3)
     store = new_store(tmp_path / "render", np.zeros((9, *SHAPE), np.float32), solver)
-    follow(lambda members, x, i, memory: (np.full_like(x, 10.0 * members[0]), ()), solver, grid, windows, store)
+    follow(lambda members, x, i, memory: (np.full_like(x, 10.0 * members[0]), None), solver, grid, windows, store)
     got = store.read_x(0, 9)[:, 0, 0, 0]
     np.testing.assert_allclose(got, -np.array([0, 0, 0, 0, 5, 10, 10, 10, 10]), atol=1e-5)
 
@@ -137,26 +137,62 @@ def test_an_interrupted_render_goes_on_bit_for_bit(tmp_path, fail_at):
     np.testing.assert_array_equal(store.read_x(0, 12), whole.read_x(0, 12))
 
 
-def test_memory_is_kept_between_steps_and_runs(tmp_path):
+def test_memory_is_kept_between_steps_and_runs_and_follows_its_window(tmp_path):
+    """Windows [0, 5), [3, 8), [6, 11): two together in the first steps, after an interruption one or all three."""
     grid = solvers.SAMPLERS["flow"].grid(3, 5.0)
     solver = solvers.euler(grid)
-    seen = []
+    for later in (1, 3):
+        seen = []
+
+        def predict(members, x, i, memory):
+            if i == 2 and len(members) == 2:
+                raise KeyboardInterrupt
+            seen.append((members, None if memory is None else memory.tolist()))  # noqa: B023
+            return np.zeros_like(x), np.array([[10.0 * i + k for k in members], [0.5] * len(members)], np.float32)
+
+        folder, noise = tmp_path / f"render_{later}", np.zeros((11, *SHAPE), np.float32)
+        with pytest.raises(KeyboardInterrupt):
+            follow(predict, solver, grid, plan(11, 5, 2), new_store(folder, noise, solver), group=2)
+        assert seen[:2] == [((0, 1), None), ((2, 2), None)]
+        assert seen[2:] == [((0, 1), [[0, 1], [0.5, 0.5]]), ((2, 2), [[2, 2], [0.5, 0.5]])]
+        del seen[:]
+        follow(predict, solver, grid, plan(11, 5, 2), new_store(folder, noise, solver), group=later)
+        assert [k for _, memory in seen for k in memory[0]] == [10, 11, 12]
+
+
+def test_a_memory_that_did_not_change_is_not_written(tmp_path, monkeypatch):
+    grid = solvers.SAMPLERS["flow"].grid(4, 5.0)
+    solver, written, seen = solvers.euler(grid), [], []
+    write = Store.write_memory
+    monkeypatch.setattr(Store, "write_memory", lambda *args: (written.append(args[1]), write(*args)))
 
     def predict(members, x, i, memory):
-        seen.append(None if memory is None else float(memory[0]))
-        return np.zeros_like(x), np.array([10.0 * i + members[0]], np.float32)
+        seen.append(None if memory is None else float(memory[0, 0]))
+        return np.zeros_like(x), np.full((1, 1), i, np.float32) if i in (0, 2) else None
 
-    store = new_store(tmp_path / "render", np.zeros((8, *SHAPE), np.float32), solver)
-    follow(predict, solver, grid, plan(8, 5, 2), store)
-    assert seen == [None, None, 0.0, 1.0, 10.0, 11.0]
+    store = new_store(tmp_path / "render", np.zeros((5, *SHAPE), np.float32), solver)
+    follow(predict, solver, grid, plan(5, 5, 2), store)
+    assert seen == [None, 0, 0, 2] and written == [0, 0]
 
 
 def test_a_folder_of_another_render_is_refused(tmp_path):
+    folder, settings = tmp_path / "render", {"seed": 1, "prompt": "a", "sampling": {"steps": 3, "shift": 5.0}}
+    claim(folder, settings)
+    claim(folder, settings)
+    with pytest.raises(UserError, match="render with another prompt, sampling shift, seed: remove it, or ask for"):
+        claim(folder, {"seed": 2, "prompt": "b", "sampling": {"steps": 3, "shift": 4.0}})
+    (folder / "settings.json").write_text("{")
+    with pytest.raises(UserError, match="settings.json is damaged"):
+        claim(folder, settings)
+    (folder / "settings.json").rename(folder / "given.f32")
+    with pytest.raises(UserError, match="holds no settings.json, so whose it is cannot be told: remove it"):
+        claim(folder, settings)
+
+
+def test_damaged_progress_is_told(tmp_path):
     grid = solvers.SAMPLERS["flow"].grid(3, 5.0)
     solver, noise = solvers.euler(grid), np.zeros((4, *SHAPE), np.float32)
-    new_store(tmp_path / "render", noise, solver, {"seed": 1, "prompt": "a"})
-    with pytest.raises(UserError, match="belongs to a render with another prompt, seed: remove it"):
-        new_store(tmp_path / "render", noise, solver, {"seed": 2, "prompt": "b"})
+    new_store(tmp_path / "render", noise, solver)
     (tmp_path / "render" / "progress.json").write_text("{")
     with pytest.raises(UserError, match="progress.json is damaged"):
         new_store(tmp_path / "render", noise, solver)
@@ -177,7 +213,7 @@ def test_memory_does_not_grow_with_length(tmp_path):
 
     def predict(members, x, i, memory):
         largest.append(sum(a.nbytes for a in jax.live_arrays()))
-        return np.zeros_like(x), ()
+        return np.zeros_like(x), None
 
     for length in (20, 200):
         store = new_store(tmp_path / str(length), np.zeros((length, *SHAPE), np.float32), solver)
