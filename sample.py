@@ -52,11 +52,11 @@ def main(arguments: list[str]) -> int:
 
     # From here on JAX is imported, which takes seconds. What is still unchecked is what the files hold, the prompt and
     # the config's values; that is done before any weights are read.
-    from emv3_jax import jobs, pipeline
+    from emv3_jax import jobs, weight_files
 
     command_line.setup_compile_cache()
     preset = jobs.preset_of(cfg)
-    renderer = jobs.Renderer(cfg, preset, pipeline.load_tokenizer(preset, cfg.weights or None))
+    renderer = jobs.Renderer(cfg, preset, weight_files.load_tokenizer(preset, cfg.weights or None))
     if options.manifest:
         return jobs.render_all(renderer, rows, options.resume)
     jobs.check_resume(pathlib.Path(job.out), options.resume)

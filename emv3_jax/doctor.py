@@ -177,7 +177,8 @@ def weights(folders: list[pathlib.Path]) -> Iterator[Line]:
     """The shipped weights, and for each folder of converted ones which models are complete."""
     from emv3_jax import checkpoint, conditioning, converted
     from emv3_jax.config import DEMO, PRESETS
-    from emv3_jax.pipeline import TOKENIZER, WEIGHTS, expected_params, locate
+    from emv3_jax.pipeline import expected_params
+    from emv3_jax.weight_files import TOKENIZER, WEIGHTS, locate
 
     yield _checked("demo, shipped", lambda: checkpoint.load_models(WEIGHTS / "demo", expected_params(DEMO)))
     for folder in folders:

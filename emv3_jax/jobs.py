@@ -28,9 +28,10 @@ from emv3_jax.errors import UserError
 from emv3_jax.layers import temporal_frequencies
 from emv3_jax.manifest import COLUMNS, Job
 from emv3_jax.options import SamplingOptions
-from emv3_jax.pipeline import Pipeline, load_pipeline, weight_hashes, with_dtype
+from emv3_jax.pipeline import Pipeline, load_pipeline, with_dtype
 from emv3_jax.progress import Bar, Clock, peak_memory
 from emv3_jax.request import Ready, Request, read_request
+from emv3_jax.weight_files import weight_hashes
 
 NO_MATTER = ("sampling", "mesh", "low_memory")  # config keys that a record has elsewhere, or that change no video
 KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}

@@ -124,7 +124,7 @@ def shortened(ready: Ready, options: SamplingOptions, preset: Preset) -> Ready:
 class Run:
     """One render: what is embedded once, and the stages that follow.
 
-    With little memory (`pipeline.LoadedWhenUsed`) one model makes room for the next: the transformer is asked for when
+    With little memory (`LoadedWhenUsed`) one model makes room for the next: the transformer is asked for when
     the first step needs it, after what is given was encoded, and let go of before pictures are decoded.
     """
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from emv3_jax import config
-from emv3_jax.pipeline import Pipeline, expected_params
+from emv3_jax import config, media
+from emv3_jax.pipeline import RATE, Pipeline, expected_params
 
 TINY = dataclasses.replace(
     config.DEMO,
@@ -58,3 +58,16 @@ def tiny() -> config.Preset:
 @pytest.fixture(scope="session")
 def tiny_pipeline() -> Pipeline:
     return Pipeline(TINY, random_params(expected_params(TINY)))
+
+
+@pytest.fixture(scope="module")
+def filmed(tmp_path_factory) -> str:
+    """A video of 20 frames at 20 a second, larger than the model's pictures, with sound."""
+    path = tmp_path_factory.mktemp("filmed") / "filmed.mp4"
+    rng = np.random.default_rng(1)
+    frames = np.repeat(rng.integers(0, 256, (5, 12, 12, 3), np.uint8).repeat(8, 1).repeat(8, 2), 4, axis=0)
+    with media.VideoWriter(
+        path, 96, 96, fps=20, wave=0.1 * rng.standard_normal(RATE).astype(np.float32), rate=RATE
+    ) as writer:
+        writer.write(frames)
+    return str(path)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from emv3_jax import converted, doctor, media
-from emv3_jax.pipeline import WEIGHTS
+from emv3_jax.weight_files import WEIGHTS
 
 
 def test_this_machine_can_write_videos_and_read_sound():

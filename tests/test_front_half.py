@@ -186,7 +186,7 @@ def test_converted_released_files_make_a_pipeline(folder, make_params, monkeypat
     from convert.registry import MODELS
     from emv3_jax.checkpoint import write_safetensors
     from emv3_jax.command_line import run_main
-    from emv3_jax.pipeline import CONVERTED
+    from emv3_jax.weight_files import CONVERTED
 
     params = make_params(expected_params(PREVIEW))
     sizes = {

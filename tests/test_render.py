@@ -5,12 +5,11 @@ import gc
 import weakref
 from pathlib import Path
 
-import av
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import soundfile
+from rendering import IMAGE, OPTIONS, PROMPT, RNG, WAVE, ask, difference, video
 
 from emv3_jax import conditioning, config, contexts, media, render, request, steps
 from emv3_jax.diffusion import long_video
@@ -18,28 +17,9 @@ from emv3_jax.diffusion.guidance import CHAIN
 from emv3_jax.diffusion.phda import PhDAConfig
 from emv3_jax.diffusion.store import claim
 from emv3_jax.errors import UserError
-from emv3_jax.pipeline import RATE, Pipeline, Ready, Request, SamplingOptions, read_request
+from emv3_jax.pipeline import Pipeline, Request, read_request
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
-
-RNG = np.random.default_rng(0)
-IMAGE = RNG.integers(0, 256, (32, 32, 3), np.uint8)
-WAVE = (0.1 * RNG.standard_normal(2 * RATE)).astype(np.float32)
-PROMPT = "A puppet nods."
-OPTIONS = SamplingOptions(steps=2, text_scale=2.0, overlap=2)
-
-
-def ask(frames: int, **changes) -> Request:
-    return dataclasses.replace(Request(IMAGE, WAVE[: frames * 640], PROMPT, frames=frames), **changes)
-
-
-def video(pipe: Pipeline, ask_for: Request, options: SamplingOptions = OPTIONS, **more) -> np.ndarray:
-    ready = read_request(ask_for, pipe.preset, pipe.words)
-    return np.concatenate(list(pipe.stream(ready, options, **more)))
-
-
-def difference(a: np.ndarray, b: np.ndarray) -> int:
-    return int(np.abs(a.astype(int) - b.astype(int)).max())
 
 
 @pytest.mark.parametrize(
@@ -202,143 +182,6 @@ def test_tasks_give_different_videos(tiny_pipeline):
     }
     assert all(frames.shape == (9, 32, 32, 3) for frames in videos.values())
     assert difference(videos["i2v"], videos["t2v"]) > 2 and difference(videos["i2v"], videos["flf2v"]) > 2
-
-
-@pytest.fixture(scope="module")
-def filmed(tmp_path_factory) -> str:
-    """A video of 20 frames at 20 a second, larger than the model's pictures, with sound."""
-    path = tmp_path_factory.mktemp("filmed") / "filmed.mp4"
-    frames = np.repeat(RNG.integers(0, 256, (5, 12, 12, 3), np.uint8).repeat(8, 1).repeat(8, 2), 4, axis=0)
-    with media.VideoWriter(path, 96, 96, fps=20, wave=WAVE[:RATE], rate=RATE) as writer:
-        writer.write(frames)
-    return str(path)
-
-
-def test_lip_sync_changes_the_mouth_and_nothing_else(tiny_pipeline, filmed):
-    mouth = (40, 72, 24, 60)
-    asked = Request(video=filmed, mouth=mouth, prompt=PROMPT, task="lipsync")
-    ready = read_request(asked, tiny_pipeline.preset)
-    assert ready.frames == 25 and ready.output == (20.0, 20)
-    assert any("mouths are made 25 times a second" in note for note in ready.notes)
-    at_25 = read_request(dataclasses.replace(asked, fps=25.0), tiny_pipeline.preset)
-    assert at_25.output == (25.0, 25) and any("20 frames a second, the result 25" in note for note in at_25.notes)
-    source = np.stack(list(media.VideoSource(filmed).frames()))
-    made = video(tiny_pipeline, asked)
-    assert made.shape == source.shape == (20, 96, 96, 3)
-    outside = np.ones((96, 96), bool)
-    outside[40:72, 24:60] = False
-    np.testing.assert_array_equal(made[:, outside], source[:, outside])
-    assert difference(made[:, 48:64, 36:48], source[:, 48:64, 36:48]) > 2
-    dubbed = video(tiny_pipeline, dataclasses.replace(asked, audio=WAVE[RATE : RATE + 16000]))
-    np.testing.assert_array_equal(dubbed[:, outside], source[:, outside])
-    assert difference(made, dubbed) > 2
-
-
-def test_lip_sync_of_a_part_is_told(tiny, filmed):
-    asked = Request(video=filmed, mouth=(40, 72, 24, 60), prompt=PROMPT, task="lipsync")
-    told = {frames: read_request(dataclasses.replace(asked, frames=frames), tiny).notes for frames in (None, 13)}
-    note = f"video {filmed} lasts 1.00 s: only its first 0.52 s are made (13 frames)"
-    assert note in told[13] and not any("only its first" in line for line in told[None])
-
-
-@pytest.mark.parametrize(
-    ("mouth", "message"),
-    [
-        ((40, 40.3, 24, 60), "the mouth box .* is empty or outside the 96 x 96 image"),
-        ((40, 97, 24, 60), "the mouth box .* is empty or outside"),
-        ((float("nan"), 50, 24, 60), "the mouth box .* is empty or outside"),
-    ],
-)
-def test_a_mouth_that_cannot_be_is_told_before_any_work(tiny, filmed, mouth, message):
-    with pytest.raises(UserError, match=message):
-        read_request(Request(video=filmed, mouth=mouth, prompt=PROMPT, task="lipsync"), tiny)
-
-
-def test_a_mouth_that_is_not_all_seen_is_told(tiny, filmed):
-    """A model of narrow pictures sees the middle half of a square video."""
-    narrow = dataclasses.replace(tiny, width=16)
-    asked = Request(video=filmed, mouth=(40, 72, 24, 72), prompt=PROMPT, task="lipsync")
-    assert read_request(asked, narrow).mouth_made == pytest.approx((40 / 3, 24, 0, 16))
-    for mouth, words in (
-        ((40, 72, 0, 40), r"the mouth box .40, 72, 0, 40. reaches into .* within .0, 96, 24, 72. .y1, y2, x1, x2."),
-        ((40, 72, 60, 73), "reaches into the part of the 96 x 96 video that is cut off"),
-        ((40, 72, 0, 20), "lies in the part of the 96 x 96 image that is cut off"),
-    ):
-        with pytest.raises(UserError, match=words):
-            read_request(dataclasses.replace(asked, mouth=mouth), narrow)
-
-
-# The pasted mouth
-
-
-def dub(tiny, path, mouth, generated, **changes) -> tuple[Ready, np.ndarray]:
-    """What was read of a lip-sync request, and its video with pictures [F, 32, 32, 3] in place of the model's."""
-    ready = read_request(Request(video=path, mouth=mouth, prompt=PROMPT, task="lipsync", **changes), tiny)
-    run = render.Run.__new__(render.Run)  # no models are needed to paste
-    run.ready = ready
-    return ready, np.concatenate(list(run.dubbed(iter(generated[: ready.frames, None]))))
-
-
-@pytest.mark.parametrize(
-    ("rate", "frames", "fps", "count"),
-    [(10, 10, 30, 30), (5, 5, 25, 25), (25, 50, 60, 120), (30, 32, 10, 11), (25, 25, 50, 50), (24, 24, None, 24)],
-)
-def test_every_rate_gives_the_frames_that_were_promised(tiny, tmp_path, rate, frames, fps, count):
-    """And mouths keep an even pace: none is shown longer than its time."""
-    with media.VideoWriter(tmp_path / "a.mp4", 32, 32, fps=rate, wave=WAVE) as writer:
-        writer.write(np.zeros((frames, 32, 32, 3), np.uint8))
-    generated = np.broadcast_to(np.arange(100, dtype=np.uint8)[:, None, None, None], (100, 32, 32, 3))
-    ready, made = dub(tiny, tmp_path / "a.mp4", (0, 32, 0, 32), generated, fps=fps)
-    assert ready.output == (fps or rate, count) and len(made) == count
-    shown = made[:, 16, 16, 0].astype(int)
-    np.testing.assert_array_equal(shown, np.minimum(np.arange(count) * 25 / (fps or rate) + 0.5, ready.frames - 1) // 1)
-    assert np.bincount(shown)[:-1].max() <= np.ceil((fps or rate) / 25)
-
-
-def test_fewer_frames_than_the_video_has(tiny, filmed):
-    generated = np.zeros((9, 32, 32, 3), np.uint8)
-    ready, made = dub(tiny, filmed, (40, 72, 24, 60), generated, frames=9)
-    assert ready.output == (20.0, 7) and len(made) == 7  # 0.36 s
-
-
-def test_a_mouth_at_the_edge_is_pasted_whole(tiny, tmp_path):
-    """Where video and model have one size, its pixels are the generated ones: nothing is stretched."""
-    with media.VideoWriter(tmp_path / "a.mp4", 32, 32, wave=WAVE) as writer:
-        writer.write(np.zeros((5, 32, 32, 3), np.uint8))
-    generated = RNG.integers(0, 256, (5, 32, 32, 3), np.uint8)
-    ready, made = dub(tiny, tmp_path / "a.mp4", (8, 32, 16, 32), generated)
-    assert ready.mouth_made == (8, 32, 16, 32) and render._whole_pixels(ready.mouth_made) == (8, 32, 16, 32)
-    np.testing.assert_array_equal(made[:, 12:28, 19:29], generated[:, 12:28, 19:29])  # inside of the soft edge
-
-
-def test_a_film_of_its_own_sound_needs_no_note(tiny, tmp_path):
-    """The last generated frames lie past its end; what comes out does not."""
-    with media.VideoWriter(tmp_path / "a.mp4", 32, 32, wave=WAVE[: 15 * 640]) as writer:
-        writer.write(np.zeros((15, 32, 32, 3), np.uint8))
-    asked = Request(video=tmp_path / "a.mp4", mouth=(0, 32, 0, 32), prompt=PROMPT, task="lipsync")
-    ready = read_request(asked, tiny)
-    assert ready.frames == 17 and ready.notes == ()
-    for audio, note in ((WAVE[:4000], "silence was added up to 0.60 s"), (WAVE, "the video ends after 0.60 s")):
-        (said,) = read_request(dataclasses.replace(asked, audio=audio), tiny).notes
-        assert said.endswith(note)
-
-
-def test_a_damaged_video_is_told_before_any_work(tiny, filmed, tmp_path):
-    content = bytearray(Path(filmed).read_bytes())
-    middle = len(content) // 2
-    content[middle - 600 : middle + 600] = bytes(1200)
-    (tmp_path / "bad.mp4").write_bytes(content)
-    with pytest.raises(UserError, match="bad.mp4 is (not a video or is|cut off or) damaged"):
-        read_request(Request(video=tmp_path / "bad.mp4", mouth=(40, 72, 24, 60), prompt=PROMPT, task="lipsync"), tiny)
-
-
-def test_lip_sync_of_a_long_video(tiny_pipeline, filmed):
-    asked = Request(video=filmed, mouth=(40, 72, 24, 60), prompt=PROMPT, task="lipsync")
-    options = dataclasses.replace(OPTIONS, window=13, overlap=1)
-    assert video(tiny_pipeline, asked, options).shape == (20, 96, 96, 3)
-    assert video(tiny_pipeline, dataclasses.replace(asked, fps=25.0), options).shape == (25, 96, 96, 3)
-    with pytest.raises(UserError, match="chained form does not know the task lipsync"):
-        video(tiny_pipeline, asked, dataclasses.replace(options, long_video="chained"))
 
 
 @pytest.mark.parametrize(
@@ -537,54 +380,9 @@ def test_released_mode_stretches_and_floors(tiny):
     assert conditioning.face_tokens((0, 64, 0, 32), 64, 32, floored=True).all()  # the released program cuts nothing
 
 
-# Video files
-
-
-def test_a_video_is_read_frame_by_frame(filmed):
-    source = media.VideoSource(filmed)
-    assert (source.height, source.width, source.fps, source.count, source.seconds) == (96, 96, 20.0, 20, 1.0)
-    assert len(list(source.frames())) == 20
-    at_25 = list(source.frames_at(25))
-    assert len(at_25) == 25
-    frames = list(source.frames())
-    for k, frame in enumerate(at_25):
-        np.testing.assert_array_equal(frame, frames[min(round(k * 20 / 25), 19)])
-    track = source.track()
-    assert track is not None and track[1] == RATE and track[0].shape == (RATE, 1)
-
-
-def test_the_sound_of_the_video_is_the_sound_that_was_given(tmp_path, tiny):
-    """In its own rate and channels, though the model hears 16 kHz mono."""
-    left, right = np.sin(np.arange(44100) / 20), np.sin(np.arange(44100) / 50)
-    soundfile.write(tmp_path / "a.wav", 0.3 * np.stack([left, right], axis=1), 44100)
-    ready = read_request(ask(21, audio=tmp_path / "a.wav"), tiny)
-    samples, rate = ready.track
-    assert samples.shape == (44100, 2) and rate == 44100 and ready.wave.shape == (21 * 640,)
-    with media.VideoWriter(tmp_path / "a.mp4", 16, 16, wave=samples, rate=rate) as writer:
-        writer.write(np.zeros((21, 16, 16, 3), np.uint8))
-    again, rate = media.VideoSource(tmp_path / "a.mp4").track()
-    assert rate == 44100 and again.shape[1] == 2
-    for channel, wave in enumerate((left, right)):
-        assert np.corrcoef(again[5000:30000, channel], wave[5000:30000])[0, 1] > 0.95
-
-
-def test_the_record_stands_in_the_video(tmp_path):
-    with media.VideoWriter(tmp_path / "a.mp4", 16, 16, comment='{"seed": 3}') as writer:
-        writer.write(np.zeros((2, 16, 16, 3), np.uint8))
-    with av.open(str(tmp_path / "a.mp4")) as container:
-        assert container.metadata["comment"] == '{"seed": 3}'
-
-
-@pytest.mark.parametrize("content", [b"", b"these are words"])
-def test_what_is_not_a_video(tmp_path, content):
-    (tmp_path / "a.mp4").write_bytes(content)
-    with pytest.raises(UserError, match=r"video .*a.mp4 is (empty|not a video)"):
-        media.VideoSource(tmp_path / "a.mp4")
-
-
 def test_with_little_memory_models_are_read_when_they_are_used(tiny_pipeline):
     """The same video, in as few readings as can be, and never two models at a time."""
-    from emv3_jax.pipeline import LoadedWhenUsed
+    from emv3_jax.weight_files import LoadedWhenUsed
 
     read: list[str] = []
     alive: list[weakref.ref] = []

@@ -7,7 +7,10 @@ import av
 import numpy as np
 import pytest
 import soundfile
+from rendering import ask
 
+from emv3_jax import media
+from emv3_jax.errors import UserError
 from emv3_jax.media import VideoSource, load_recording, read_video, shown_at
 from emv3_jax.pipeline import Request, read_request
 
@@ -157,3 +160,48 @@ def test_surround_sound_is_averaged_and_noted(tmp_path, tiny):
         ready = read_request(dataclasses.replace(asked, video=path), tiny)
         assert f"the sound of video {path} {said}" in ready.notes
         assert ready.track[0].shape[1] == channels and np.abs(ready.wave).max() > 0.04
+
+
+# Video files
+
+
+def test_a_video_is_read_frame_by_frame(filmed):
+    source = media.VideoSource(filmed)
+    assert (source.height, source.width, source.fps, source.count, source.seconds) == (96, 96, 20.0, 20, 1.0)
+    assert len(list(source.frames())) == 20
+    at_25 = list(source.frames_at(25))
+    assert len(at_25) == 25
+    frames = list(source.frames())
+    for k, frame in enumerate(at_25):
+        np.testing.assert_array_equal(frame, frames[min(round(k * 20 / 25), 19)])
+    track = source.track()
+    assert track is not None and track[1] == RATE and track[0].shape == (RATE, 1)
+
+
+def test_the_sound_of_the_video_is_the_sound_that_was_given(tmp_path, tiny):
+    """In its own rate and channels, though the model hears 16 kHz mono."""
+    left, right = np.sin(np.arange(44100) / 20), np.sin(np.arange(44100) / 50)
+    soundfile.write(tmp_path / "a.wav", 0.3 * np.stack([left, right], axis=1), 44100)
+    ready = read_request(ask(21, audio=tmp_path / "a.wav"), tiny)
+    samples, rate = ready.track
+    assert samples.shape == (44100, 2) and rate == 44100 and ready.wave.shape == (21 * 640,)
+    with media.VideoWriter(tmp_path / "a.mp4", 16, 16, wave=samples, rate=rate) as writer:
+        writer.write(np.zeros((21, 16, 16, 3), np.uint8))
+    again, rate = media.VideoSource(tmp_path / "a.mp4").track()
+    assert rate == 44100 and again.shape[1] == 2
+    for channel, wave in enumerate((left, right)):
+        assert np.corrcoef(again[5000:30000, channel], wave[5000:30000])[0, 1] > 0.95
+
+
+def test_the_record_stands_in_the_video(tmp_path):
+    with media.VideoWriter(tmp_path / "a.mp4", 16, 16, comment='{"seed": 3}') as writer:
+        writer.write(np.zeros((2, 16, 16, 3), np.uint8))
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        assert container.metadata["comment"] == '{"seed": 3}'
+
+
+@pytest.mark.parametrize("content", [b"", b"these are words"])
+def test_what_is_not_a_video(tmp_path, content):
+    (tmp_path / "a.mp4").write_bytes(content)
+    with pytest.raises(UserError, match=r"video .*a.mp4 is (empty|not a video)"):
+        media.VideoSource(tmp_path / "a.mp4")

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from emv3_jax import pipeline
+from emv3_jax import weight_files
 from emv3_jax.config import Preset
 from emv3_jax.data import builder, extra
 from emv3_jax.data.examples import Example
@@ -75,7 +75,7 @@ class Dataset:
         """
         if not roles:
             return
-        hashes = pipeline.weight_hashes(self.record["preset"], weights, roles)
+        hashes = weight_files.weight_hashes(self.record["preset"], weights, roles)
         if others := [role for role in roles if hashes[role] != self.record["weights"][role]]:
             raise UserError(
                 f"the dataset {self.folder} was made with other weights of {' and '.join(others)} than those of"

@@ -36,7 +36,7 @@ class Extractor:
 
     Args:
       params: "vae", and what else is frozen: "speech" where the preset has a speech encoder, "text" and "image" where
-        these are not trained. A mapping may load a tree whenever it is asked for (`pipeline.LoadedWhenUsed`).
+        these are not trained. A mapping may load a tree whenever it is asked for (`weight_files.LoadedWhenUsed`).
       words: the tokenizer; default: the preset's own.
     """
 

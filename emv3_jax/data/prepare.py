@@ -16,7 +16,7 @@ import sys
 
 import numpy as np
 
-from emv3_jax import command_line
+from emv3_jax import command_line, weight_files
 from emv3_jax.config import PRESETS, Preset
 from emv3_jax.data import builder, examples
 from emv3_jax.data.extract import Extractor, encoder_hash
@@ -75,7 +75,7 @@ def main(arguments: list[str]) -> int:
     from emv3_jax import pipeline  # the models: not before the options are known to be good
 
     source: builder.Source
-    words = pipeline.load_tokenizer(preset, options.weights)
+    words = weight_files.load_tokenizer(preset, options.weights)
     if options.puppets:
         if not preset.vocabulary:
             raise UserError(f"--puppets needs a preset with their words, such as demo, not {preset.name}")
@@ -93,7 +93,7 @@ def main(arguments: list[str]) -> int:
     identity = {
         "preset": preset.name,
         "vae": encoder_hash(extractor.params["vae"]),
-        "weights": pipeline.weight_hashes(preset.name, options.weights, roles),
+        "weights": weight_files.weight_hashes(preset.name, options.weights, roles),
     }
     record = builder.build(source, extractor, options.out, shards, identity, process, processes, say=_say)
     if record and not examples.encoders_trained(preset):

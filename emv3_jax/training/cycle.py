@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import ml_collections
 
-from emv3_jax import pipeline
+from emv3_jax import pipeline, weight_files
 from emv3_jax.data import builder, examples
 from emv3_jax.errors import UserError
 from emv3_jax.files import atomic_path
@@ -163,7 +163,7 @@ def _reviewed(review: Any, stage: Any, recipe: DiTRecipe) -> bool:
     """Whether the stage's negatives are there; makes the clips and, where measures judge, the verdicts."""
     folder = pathlib.Path(stage.negatives)
     options = SamplingOptions(**stage.sampling)
-    hashes = pipeline.weight_hashes(recipe.preset.name, stage.init_from, recipe.trained)
+    hashes = weight_files.weight_hashes(recipe.preset.name, stage.init_from, recipe.trained)
     plan = negatives.plan_of(recipe.preset, hashes, options, recipe.data, review.task, stage.seed)
     if not (folder / verdicts.CLIPS).exists():
         if jax.process_count() > 1:

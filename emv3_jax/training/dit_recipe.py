@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from emv3_jax import checkpoint, conditioning, pipeline
+from emv3_jax import checkpoint, conditioning, pipeline, weight_files
 from emv3_jax.config import Preset
 from emv3_jax.data import examples
 from emv3_jax.data.dataset import Dataset, Plan
@@ -58,7 +58,7 @@ class DiTRecipe:
     @functools.cached_property
     def words(self) -> Any:
         """The tokenizer."""
-        return pipeline.load_tokenizer(self.preset, self.cfg.frozen_weights)
+        return weight_files.load_tokenizer(self.preset, self.cfg.frozen_weights)
 
     # Parameters.
 
@@ -282,7 +282,7 @@ class DiTRecipe:
             weights = {**weights, **dict(self.frozen)}
         checkpoint.save_models(folder, weights, self.cfg.export_dtype)
         elsewhere = [role for role in pipeline.expected_params(self.preset) if role not in weights]
-        pipeline.record_training(folder, self.preset, self.phda, self.cfg.frozen_weights, elsewhere)
+        weight_files.record_training(folder, self.preset, self.phda, self.cfg.frozen_weights, elsewhere)
 
     def work(self, batch: dict[str, Any]) -> tuple[int, float]:
         """Tokens of a batch, and FLOPs of a step on it: forward, backward and, for remat, forward again; a preference

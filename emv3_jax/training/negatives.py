@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from emv3_jax import command_line, conditioning, pipeline
+from emv3_jax import command_line, conditioning, pipeline, weight_files
 from emv3_jax.config import Preset
 from emv3_jax.data import builder, examples
 from emv3_jax.data.dataset import Dataset
@@ -146,7 +146,7 @@ def worst(scores: Sequence[dict[str, float]], issue: str, share: float) -> list[
 def plan_of(
     preset: Preset, weights: dict[str, str], options: SamplingOptions, data: Dataset, task: str, seed: int
 ) -> dict[str, Any]:
-    """What clips for review are made of; weights: hashes of the trained models (`pipeline.weight_hashes`)."""
+    """What clips for review are made of; weights: hashes of the trained models (`weight_files.weight_hashes`)."""
     dataset = hashlib.sha256(json.dumps(data.record, sort_keys=True).encode()).hexdigest()
     return {
         "format": FORMAT, "preset": preset.name, "dataset": dataset, "task": task, "seed": seed,
@@ -257,7 +257,7 @@ def main(arguments: list[str]) -> int:
     recipe = recipes.build(cfg)
     pipe = recipe.make_pipeline(pipeline.load_models(recipe.preset, options.weights, recipe.trained))
     sampling = SamplingOptions(**cfg.sampling)
-    hashes = pipeline.weight_hashes(recipe.preset.name, options.weights, recipe.trained)
+    hashes = weight_files.weight_hashes(recipe.preset.name, options.weights, recipe.trained)
     plan = plan_of(recipe.preset, hashes, sampling, recipe.data, options.task, options.seed)
     sample(pipe, sampling, recipe.data, options.out, options.clips, options.batch, plan)
     if options.judge == METRICS:

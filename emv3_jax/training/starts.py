@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from flax import traverse_util
 
-from emv3_jax import converted, pipeline
+from emv3_jax import converted, weight_files
 from emv3_jax.config import Preset
 from emv3_jax.diffusion.phda import MODALITIES, PhDAConfig
 from emv3_jax.errors import UserError
@@ -56,7 +56,7 @@ def on_base(params: Any, folder: pathlib.Path) -> Any:
 
 def notes(preset: Preset, folder: str, phda: PhDAConfig) -> list[str]:
     """A line where weights of a folder (or none, "") were trained with other modality weights than they go on with."""
-    before = pipeline.as_trained(preset, folder)[1] if folder else None
+    before = weight_files.as_trained(preset, folder)[1] if folder else None
     if before is None or _phases(before) == _phases(phda):
         return []
     return [

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from emv3_jax import pipeline
+from emv3_jax import weight_files
 from emv3_jax.data import builder
 from emv3_jax.data.dataset import Bucket, Dataset, Plan
 from emv3_jax.errors import UserError
@@ -165,7 +165,7 @@ def test_clips_that_are_never_trained_on_are_said():
 def test_clips_seen_by_other_frozen_models_are_refused(folder, tiny, monkeypatch):
     here = {"text": "a", "image": "b", "speech": "c"}
     asked = []
-    monkeypatch.setattr(pipeline, "weight_hashes", lambda *args: asked.append(args) or here)
+    monkeypatch.setattr(weight_files, "weight_hashes", lambda *args: asked.append(args) or here)
     dataset = Dataset(folder, tiny)
     dataset.check_weights("w", [])  # of older datasets nothing is known
     dataset.record["weights"] = {"vae": "v", **here}

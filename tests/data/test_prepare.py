@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from emv3_jax import checkpoint, command_line, config, media, pipeline
+from emv3_jax import checkpoint, command_line, config, media, pipeline, weight_files
 from emv3_jax.conditioning import tokenizer
 from emv3_jax.data import batches, examples, prepare
 from emv3_jax.data.dataset import Dataset, Plan
@@ -98,11 +98,11 @@ def test_states_of_the_empty_prompt_lie_beside_where_text_is_frozen(
     """A preset without a vocabulary of its own; the words of another."""
     frozen = dataclasses.replace(tiny, vocabulary=())
     monkeypatch.setitem(config.PRESETS, "tiny", frozen)
-    monkeypatch.setattr(pipeline, "load_tokenizer", lambda name, weights: tokenizer(tiny))
+    monkeypatch.setattr(weight_files, "load_tokenizer", lambda name, weights: tokenizer(tiny))
     monkeypatch.setattr(
         pipeline, "load_models", lambda preset, weights, roles: {r: tiny_pipeline.params[r] for r in roles}
     )
-    monkeypatch.setattr(pipeline, "weight_hashes", lambda name, weights, roles: dict.fromkeys(roles, "0"))
+    monkeypatch.setattr(weight_files, "weight_hashes", lambda name, weights, roles: dict.fromkeys(roles, "0"))
     film(tmp_path / "a.mp4", frames=9)
     code, out, err = run("--videos", "a.mp4", "--frames", 9, "--face", "none")
     assert (code, err) == (0, [])

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from tiny_runs import arrays_equal, config
 
-from emv3_jax import checkpoint, conditioning, pipeline, sharding
+from emv3_jax import checkpoint, conditioning, pipeline, sharding, weight_files
 from emv3_jax.config import DEMO, PRESETS
 from emv3_jax.data.examples import TRAINED_TASKS
 from emv3_jax.diffusion.phda import EVEN, PhDAConfig
@@ -208,7 +208,7 @@ def test_trained_weights_know_their_sizes_and_their_phases(make, tiny, tmp_path,
 
 def test_weights_that_go_on_with_other_phases_are_told(make, tiny, tmp_path, capsys):
     phases = PhDAConfig(text=None, image=None, audio=(500.0, 600.0, 1.0, 0.0))
-    pipeline.record_training(tmp_path, tiny, phases)
+    weight_files.record_training(tmp_path, tiny, phases)
     make(init_from=str(tmp_path)).open()  # with the phases of demo_dit.py
     now = "image 166.667-333.333, audio 500-666.667"
     note = f"the weights in {tmp_path} were trained with PhDA of audio 500-600-1-0, and go on with that of {now}"
@@ -237,16 +237,16 @@ def test_what_was_frozen_is_read_from_where_the_run_read_it(half_frozen, weights
     assert [path.name for path in half_frozen.glob("*.safetensors")] == ["dit.safetensors"]
     preset = PRESETS["tiny"]
     monkeypatch.chdir("/")
-    pipeline.load_tokenizer(preset, half_frozen)
+    weight_files.load_tokenizer(preset, half_frozen)
     assert read == [tmp_path / "base" / "tokenizer"]
     params = pipeline.load_models(preset, half_frozen, ("dit", "text", "image", "vae"))
     assert arrays_equal(params["vae"], checkpoint.load_params(weights / "vae.safetensors"))
     assert not arrays_equal(params["dit"], checkpoint.load_params(weights / "dit.safetensors"))
-    trained, base = (pipeline.weight_hashes("tiny", folder) for folder in (half_frozen, tmp_path / "base"))
+    trained, base = (weight_files.weight_hashes("tiny", folder) for folder in (half_frozen, tmp_path / "base"))
     assert [role for role in base if base[role] != trained[role]] == ["dit"]
     shutil.copytree(half_frozen, tmp_path / "further")  # trained in turn beside trained weights
-    pipeline.record_training(tmp_path / "further", preset, EVEN, str(half_frozen), ("text", "image", "vae"))
-    assert pipeline.weight_hashes("tiny", tmp_path / "further") == trained
+    weight_files.record_training(tmp_path / "further", preset, EVEN, str(half_frozen), ("text", "image", "vae"))
+    assert weight_files.weight_hashes("tiny", tmp_path / "further") == trained
 
 
 def test_frozen_models_that_are_gone_are_told(half_frozen, tmp_path, monkeypatch):
@@ -255,12 +255,12 @@ def test_frozen_models_that_are_gone_are_told(half_frozen, tmp_path, monkeypatch
     (tmp_path / "base").rename(tmp_path / "moved" / "base")
     told = f"trained beside those of {tmp_path}/base, which is gone: put it back, or name the folder with "
     with pytest.raises(UserError, match=told + "tokenizer in .*trained.json"):
-        pipeline.load_tokenizer(preset, half_frozen)
+        weight_files.load_tokenizer(preset, half_frozen)
     with pytest.raises(UserError, match=told + "text"):
         pipeline.load_models(preset, half_frozen, ("dit", "text"))
     assert dict(pipeline.load_models(preset, half_frozen, ("dit",)))  # which needs nothing else
     monkeypatch.chdir(tmp_path / "moved")  # with the project that the folder was given in
-    assert pipeline.locate(half_frozen, "vae", preset) == pathlib.Path("base/vae.safetensors")
+    assert weight_files.locate(half_frozen, "vae", preset) == pathlib.Path("base/vae.safetensors")
     (half_frozen / "dit.safetensors").unlink()
     with pytest.raises(UserError, match="no converted weights at .*trained/dit-tiny"):  # never those it started from
         dict(pipeline.load_models(preset, half_frozen, ("dit",)))
