@@ -142,6 +142,7 @@ def compile_for(topology: str, preset: Preset, args: argparse.Namespace) -> str:
         batch,
         f"{memory.argument_size_in_bytes / 2**30:.2f}",
         f"{memory.temp_size_in_bytes / 2**30:.2f}",
+        f"{memory.peak_memory_in_bytes / 2**30:.2f}",
         ", ".join(f"{count} {name}" for name, count in found.items() if count) or "none",
         f"{took:.0f} s",
         f"{work / 1e15:.2f} P",
@@ -166,7 +167,7 @@ def main() -> int:
     args = parser.parse_args()
     preset = PRESETS[args.preset]
     preset = dataclasses.replace(preset, dit=dataclasses.replace(preset.dit, dtype="bfloat16"))
-    names = ("topology", "chips", "mesh", "batch", "arguments, GiB", "temporaries, GiB", "collectives", "compile",
+    names = ("topology", "chips", "mesh", "batch", "arguments, GiB", "temporaries, GiB", "peak, GiB", "collectives", "compile",
              "FLOPs", "floor")  # fmt: skip
     print(f"| {' | '.join(names)} |\n" + "| --- " * len(names) + "|")
     for topology in args.topology:
