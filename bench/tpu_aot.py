@@ -7,7 +7,7 @@ Needs the libtpu that belongs to the jax that is installed (pip install -e '.[tp
 that are run: a sampling step of `sample.py` (three guidance branches of some windows; text, image and sound prepared),
 or the training step of configs/sft_1b.py as it is (AdamW, float32 masters, moving average, all blocks computed again in
 the backward pass, as many micro-batches as the mesh asks for), whose batch is enlarged where groups of chips would have
-no clip. Prints one row a topology: memory a chip (arguments and temporaries), collectives, seconds to compile,
+no clip. Prints one row a topology: memory a chip (arguments, temporaries, and both at the moment that takes most), collectives, seconds to compile,
 and the floor of a step: FLOPs over the chips' peak. Nothing is run, so there are no timings.
 """
 
@@ -167,8 +167,8 @@ def main() -> int:
     args = parser.parse_args()
     preset = PRESETS[args.preset]
     preset = dataclasses.replace(preset, dit=dataclasses.replace(preset.dit, dtype="bfloat16"))
-    names = ("topology", "chips", "mesh", "batch", "arguments, GiB", "temporaries, GiB", "peak, GiB", "collectives", "compile",
-             "FLOPs", "floor")  # fmt: skip
+    names = ("topology", "chips", "mesh", "batch", "arguments, GiB", "temporaries, GiB", "peak, GiB", "collectives",
+             "compile", "FLOPs", "floor")  # fmt: skip
     print(f"| {' | '.join(names)} |\n" + "| --- " * len(names) + "|")
     for topology in args.topology:
         print(compile_for(topology, preset, args), flush=True)
