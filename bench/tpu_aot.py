@@ -7,8 +7,9 @@ Needs the libtpu that belongs to the jax that is installed (pip install -e '.[tp
 that are run: a sampling step of `sample.py` (three guidance branches of some windows; text, image and sound prepared),
 or the training step of configs/sft_1b.py as it is (AdamW, float32 masters, moving average, all blocks computed again in
 the backward pass, as many micro-batches as the mesh asks for), whose batch is enlarged where groups of chips would have
-no clip. Prints one row a topology: memory a chip (arguments, temporaries, and both at the moment that takes most), collectives, seconds to compile,
-and the floor of a step: FLOPs over the chips' peak. Nothing is run, so there are no timings.
+no clip. Prints one row a topology: memory a chip (arguments, temporaries, and both at the moment that takes most),
+collectives, seconds to compile, and the floor of a step: FLOPs over the chips' peak. Nothing is run, so there are no
+timings.
 """
 
 import argparse
