@@ -1,7 +1,7 @@
 """Where the background of a still puppet loses its colours: python -m bench.background [--clips 4]
 
-Pixels that show nothing but the background, of the true video through the VAE alone (encoded and decoded) and of a
-generated one, which is longer than two windows. Of 255: how far spans of frames are from the truth, and how far they
+Pixels that show nothing but the background, of the true video through the VAE alone (encoded and decoded) and of
+generated ones, which are longer than two windows, with noise of its own for every window and with the same for all. Of 255: how far spans of frames are from the truth, and how far they
 have moved, beyond the true change, since the first ten frames; in all, and as the mean colour of the background alone,
 whose share in the square of that change stands below.
 """
@@ -19,6 +19,7 @@ from emv3_jax.options import SamplingOptions
 from emv3_jax.pipeline import Pipeline, load_pipeline
 
 FRAMES = 253
+NOISE = ("fresh", "repeated")
 SPANS = ((0, 1), (1, 5), (5, 9), (9, 17), (20, 30), (100, 110), (150, 160), (240, 250))
 
 
@@ -52,12 +53,13 @@ def main() -> int:
     parser.add_argument("--clips", type=int, default=4)
     args = parser.parse_args()
     pipe = load_pipeline("demo")
-    rows: dict[str, list[np.ndarray]] = {"VAE alone": [], "generated": []}
+    rows: dict[str, list[np.ndarray]] = {"VAE alone": [], **{f"{noise} noise": [] for noise in NOISE}}
     for k in range(args.clips):
         clip = still_clip(FIRST_CLIP + k, FRAMES)
         true, seen = (np.asarray(x) for x in clip.render(DEMO.height, parts=True))
         background = (seen[..., 0] > 0.99).all(0)
-        videos = through_vae(pipe, true), generate(pipe, clip, SamplingOptions(), seed=k, match=False)
+        made = [generate(pipe, clip, SamplingOptions(noise=noise), seed=k, match=False) for noise in NOISE]
+        videos = through_vae(pipe, true), *made
         for name, video in zip(rows, videos, strict=True):
             rows[name].append(measure((video - true)[:, background]))
     print("| | frame " + " | ".join(f"{a}-{b - 1}" if b - a > 1 else str(a) for a, b in SPANS) + " |")
