@@ -1,9 +1,10 @@
 """Where the background of a still puppet loses its colours: python -m bench.background [--clips 4]
 
 Pixels that show nothing but the background, of the true video through the VAE alone (encoded and decoded) and of
-generated ones, which are longer than two windows, with noise of its own for every window and with the same for all. Of 255: how far spans of frames are from the truth, and how far they
-have moved, beyond the true change, since the first ten frames; in all, and as the mean colour of the background alone,
-whose share in the square of that change stands below.
+generated ones, which are longer than two windows, with a noise of its own for every window and with the same for all.
+Of 255: how far spans of frames are from the truth, and how far they have moved, beyond the true change, since the first
+ten frames; in all, and as the mean colour of the background alone, whose share in the square of that change stands
+below.
 """
 
 import argparse
