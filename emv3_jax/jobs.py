@@ -27,8 +27,8 @@ from emv3_jax.diffusion.store import PROGRESS
 from emv3_jax.errors import UserError
 from emv3_jax.layers import temporal_frequencies
 from emv3_jax.manifest import COLUMNS, Job
-from emv3_jax.options import SamplingOptions
-from emv3_jax.pipeline import Pipeline, load_pipeline, with_dtype
+from emv3_jax.options import OPEN, SamplingOptions
+from emv3_jax.pipeline import Pipeline, load_pipeline, negative_notes, with_dtype
 from emv3_jax.progress import Bar, Clock, peak_memory
 from emv3_jax.request import Ready, Request, read_request
 from emv3_jax.weight_files import weight_hashes
@@ -39,13 +39,16 @@ KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or f
 
 @dataclasses.dataclass(frozen=True)
 class Mode:
-    """What a mode changes: the preset, and the form of long videos where the config leaves it open."""
+    """What a mode changes: the preset, and the sampling options that the config leaves open."""
 
     preset: Callable[[Preset], Preset]
-    long_video: str
+    sampling: dict[str, str]
 
 
-MODES = {"default": Mode(lambda preset: preset, "cfg"), "released": Mode(config.released, "chained")}
+MODES = {
+    "default": Mode(lambda preset: preset, OPEN),
+    "released": Mode(config.released, {"long_video": "chained", "neg_growth": "cumulative"}),
+}
 
 
 def preset_of(cfg: Any) -> Preset:
@@ -109,7 +112,8 @@ def options_of(job: Job, cfg: Any) -> SamplingOptions:
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
             raise UserError(f"{name} must be {KINDS[kinds[-1]]}, got {value!r}")
     values = {**cfg.sampling, **job.sampling}
-    return SamplingOptions(**{**values, "long_video": values["long_video"] or MODES[cfg.mode].long_video})
+    own = {name: values.get(name) or value for name, value in MODES[cfg.mode].sampling.items()}
+    return SamplingOptions(**{**values, **own})
 
 
 def render_folder(out: pathlib.Path) -> pathlib.Path:
@@ -151,11 +155,11 @@ class Renderer:
     def read(self, job: Job) -> tuple[Ready, SamplingOptions]:
         """Reads a job's files, checks its settings, and prints what was changed."""
         options = options_of(job, self.cfg)
-        self.words.encode(list(options.negatives.prompts))
+        notes = negative_notes(options, self.words)
         ready = read_request(request_of(job, self.cfg), self.preset, self.words)
         render.check(ready, options, self.preset)
         ready = render.shortened(ready, options, self.preset)
-        for note in (*ready.notes, *([demo.PUPPETS_ONLY] if self.preset.name == "demo" else [])):
+        for note in (*ready.notes, *notes, *([demo.PUPPETS_ONLY] if self.preset.name == "demo" else [])):
             print(f"note: {note}")
         return ready, options
 

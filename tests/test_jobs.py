@@ -9,7 +9,7 @@ import soundfile
 from PIL import Image
 
 import sample
-from emv3_jax import checkpoint, command_line, config, jobs, manifest
+from emv3_jax import checkpoint, command_line, conditioning, config, jobs, manifest
 from emv3_jax.errors import UserError
 
 CONFIG = pathlib.Path(__file__).parents[1] / "configs" / "demo.py"
@@ -221,6 +221,37 @@ def test_options_of_one_video_do_not_go_with_a_manifest(files, capsys):
 def test_values_of_the_wrong_kind(row, message):
     with pytest.raises(UserError, match=message):
         manifest.checked_job(row)
+
+
+def renderer(**settings: str) -> jobs.Renderer:
+    """Of the demo, with other values; reads jobs without weights."""
+    cfg = command_line.load_config(CONFIG, settings)
+    return jobs.Renderer(cfg, jobs.preset_of(cfg), conditioning.tokenizer(config.DEMO))
+
+
+def test_negative_prompts_that_are_not_used_are_told(capsys):
+    job = manifest.Job("a.mp4", sampling={"negative_motion": "A puppet waves its hand."})
+    renderer().read(job)
+    assert "note: negative_motion is not used: text_scale is 1; give --config.sampling.text" in capsys.readouterr().out
+    renderer(**{"sampling.text_scale": "2", "sampling.negative_prompt": "Bad fingers."}).read(job)
+    out = capsys.readouterr().out
+    assert "not used" not in out and "note: the demo does not know the words bad, fingers; it knows" in out
+
+
+def test_the_mode_decides_what_the_config_leaves_open():
+    found = {}
+    for mode in jobs.MODES:
+        options = jobs.options_of(manifest.Job("a.mp4"), command_line.load_config(CONFIG, {"mode": mode}))
+        found[mode] = options.long_video, options.neg_growth
+    assert found == {"default": ("cfg", "steady"), "released": ("chained", "cumulative")}
+    cfg = command_line.load_config(CONFIG, {"mode": "released", "sampling.neg_growth": "steady"})
+    assert jobs.options_of(manifest.Job("a.mp4"), cfg).neg_growth == "steady"
+
+
+def test_the_phases_of_the_negative_prompts_can_be_set():
+    cfg = command_line.load_config(CONFIG, {"sampling.negative_high": "600"})
+    options = jobs.options_of(manifest.Job("a.mp4", sampling={"negative_low": 200}), cfg)
+    assert options.negatives.bounds == (200, 600)
 
 
 @pytest.mark.parametrize(
