@@ -70,24 +70,33 @@ def preset_of(cfg: Any) -> Preset:
     return dataclasses.replace(preset, dit=dataclasses.replace(preset.dit, riflex=cfg.riflex))
 
 
+def with_face(job: Job, cfg: Any) -> Job:
+    """The job with the config's face where it is silent; t2v has no picture to find one in.
+
+    Raises:
+      UserError: the config's face is none of what --face takes.
+    """
+    if job.face is not None or job.task == "t2v":
+        return job
+    return dataclasses.replace(job, face=manifest.parse_face(cfg.face, "config key face"))
+
+
 def request_of(job: Job, cfg: Any) -> Request:
-    """The request of a job, with the config's own picture, sentence and prompt where the job is silent.
+    """The request of a job, with the config's own picture, sentence, prompt and face where the job is silent.
 
     Raises:
       UserError: the config has none.
     """
+    job = with_face(job, cfg)
     own_picture = job.task in ("i2v", "flf2v") and job.image is None and cfg.puppet >= 0
     own_sound = job.task != "lipsync" and job.audio is None and cfg.puppet >= 0
-    face = job.face
-    if face is None and job.task != "t2v":  # which has no picture to find the config's face in
-        face = cfg.face
     return Request(
         image=demo.portrait(cfg.puppet, demo.preset(cfg).height) if own_picture else job.image,
         audio=demo.SENTENCE if own_sound else job.audio,
         prompt=cfg.prompt if job.prompt is None else job.prompt,
         frames=job.frames or cfg.frames or None,
         seed=job.seed,
-        face=None if face == "none" else face,
+        face=None if job.face == "none" else job.face,
         task=job.task,
         last_image=job.last_image,
         video=job.video,
@@ -172,6 +181,7 @@ class Renderer:
 
     def _settings(self, job: Job) -> dict[str, Any]:
         """What a video depends on."""
+        job = with_face(job, self.cfg)  # its file is an input
         if not self._hashes:
             self._hashes = weight_hashes(self.preset.name, self.cfg.weights or None)
         return {
