@@ -41,7 +41,7 @@ def make_parser() -> command_line.Parser:
 def main(arguments: list[str]) -> int:
     options, cfg = command_line.parse(make_parser(), arguments)
     if options.manifest:
-        rows = manifest.read_rows(options.manifest)
+        rows = manifest.read_rows(options.manifest, manifest.column_kinds(cfg.get("sampling", {})))
         manifest.check_alone(arguments)
     else:
         if options.sheet is None and options.out == "out/demo.mp4":

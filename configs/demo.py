@@ -33,7 +33,7 @@ def get_config() -> ml_collections.ConfigDict:
                 "sampler": "flow",  # or unipc, dpmpp
                 "steps": 12,
                 "shift": 3.0,
-                "text_scale": 1.0,
+                "text_scale": 1.0,  # 1: the text guides nothing, and negative prompts are not used
                 "audio_scale": 2.0,
                 "text_dynamic": False,  # falls to half of the scale on the way
                 "audio_dynamic": False,
@@ -41,8 +41,11 @@ def get_config() -> ml_collections.ConfigDict:
                 "negative_prompt": "",
                 "negative_motion": "",  # PNG: added in the early phase
                 "negative_detail": "",  # and in the late one
-                "neg_scale": 1.0,
+                "negative_low": 1000 / 3,  # t (1000 is pure noise) below which it is late alone
+                "negative_high": 2000 / 3,  # and above which it is early alone; in between the two are mixed
+                "neg_scale": 1.0,  # factor of the negative embedding in the first steps, up to neg_steps
                 "neg_steps": 0,
+                "neg_growth": "",  # steady, or cumulative: once more at every such step, and kept; empty: as the mode
                 "cache_threshold": 0.0,  # TeaCache; 0 is off
                 "cache_start": 5,
                 "long_video": "",  # cfg, chained, released or none; empty: cfg, in released mode chained

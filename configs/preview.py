@@ -46,8 +46,11 @@ def get_config() -> ml_collections.ConfigDict:
                 ),
                 "negative_motion": "",  # PNG: added in the early phase
                 "negative_detail": "",  # and in the late one
-                "neg_scale": 1.5,  # the negative embedding grows by this in the first steps, up to neg_steps
+                "negative_low": 1000 / 3,  # t (1000 is pure noise) below which it is late alone
+                "negative_high": 2000 / 3,  # and above which it is early alone; in between the two are mixed
+                "neg_scale": 1.5,  # factor of the negative embedding in the first steps, up to neg_steps
                 "neg_steps": 2,
+                "neg_growth": "",  # steady, or cumulative: once more at every such step, and kept; empty: as the mode
                 "cache_threshold": 0.0,  # TeaCache: 0.1 is the released value, where it is on; 0 is off
                 "cache_start": 5,
                 "long_video": "",  # cfg, chained, released or none; empty: cfg, in released mode chained

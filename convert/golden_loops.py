@@ -18,7 +18,7 @@ import numpy as np
 from emv3_jax import contexts, steps
 from emv3_jax.config import DiTConfig
 from emv3_jax.contexts import Window
-from emv3_jax.diffusion import long_video
+from emv3_jax.diffusion import long_video, negatives
 from emv3_jax.diffusion.guidance import ModelVelocity
 from emv3_jax.diffusion.sampler import sample
 from emv3_jax.diffusion.step_cache import IDENTITY, StepCache
@@ -41,7 +41,9 @@ _GUIDED = SamplingOptions(shift=5.0, text_scale=4.0, audio_scale=2.9)
 _with = functools.partial(dataclasses.replace, _GUIDED)
 LOOPS: dict[str, Loop] = {
     "flow_plain": Loop(_with(steps=5)),
-    "flow_neg_dyn": Loop(_with(steps=6, text_dynamic=True, audio_dynamic=True, neg_scale=1.5, neg_steps=2)),
+    "flow_neg_dyn": Loop(
+        _with(steps=6, text_dynamic=True, audio_dynamic=True, neg_scale=1.5, neg_steps=2, neg_growth="cumulative")
+    ),
     "unipc": Loop(_with(steps=8, sampler="unipc")),
     "dpmpp": Loop(_with(steps=8, sampler="dpmpp")),
     "nocfg": Loop(_with(steps=4, text_scale=1.0, audio_scale=1.0)),
@@ -107,8 +109,8 @@ def replay(
     plan = steps.make_steps(dataclasses.replace(loop.options, branches_together=together), velocity)
     if loop.cache:
         plan = dataclasses.replace(plan, computed=loop.cache.computed_steps(velocity.modulation(plan.timesteps)))
-    factors = loop.options.neg_scale ** (1.0 + np.arange(plan.stages.max() + 1))
-    parts = steps.shared(velocity, *texts(golden, cfg, factors), golden["clip"])
+    factors, _ = negatives.stages(loop.options.negatives.table(plan.timesteps))
+    parts = steps.shared(velocity, *texts(golden, cfg, factors[:, 0]), golden["clip"])
     noise, want = channels_last(golden["latents"]), channels_last(golden[name])
     if loop.options.window:
         return _long(loop.options, golden, cfg, velocity, plan, parts, noise), want

@@ -27,8 +27,8 @@ from emv3_jax.diffusion.store import PROGRESS
 from emv3_jax.errors import UserError
 from emv3_jax.layers import temporal_frequencies
 from emv3_jax.manifest import COLUMNS, Job
-from emv3_jax.options import SamplingOptions
-from emv3_jax.pipeline import Pipeline, load_pipeline, with_dtype
+from emv3_jax.options import OPEN, SamplingOptions
+from emv3_jax.pipeline import Pipeline, load_pipeline, negative_notes, with_dtype
 from emv3_jax.progress import Bar, Clock, peak_memory
 from emv3_jax.request import Ready, Request, read_request
 from emv3_jax.weight_files import weight_hashes
@@ -39,13 +39,16 @@ KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or f
 
 @dataclasses.dataclass(frozen=True)
 class Mode:
-    """What a mode changes: the preset, and the form of long videos where the config leaves it open."""
+    """What a mode changes: the preset, and the sampling options that the config leaves open."""
 
     preset: Callable[[Preset], Preset]
-    long_video: str
+    sampling: dict[str, str]
 
 
-MODES = {"default": Mode(lambda preset: preset, "cfg"), "released": Mode(config.released, "chained")}
+MODES = {
+    "default": Mode(lambda preset: preset, OPEN),
+    "released": Mode(config.released, {"long_video": "chained", "neg_growth": "cumulative"}),
+}
 
 
 def preset_of(cfg: Any) -> Preset:
@@ -67,24 +70,33 @@ def preset_of(cfg: Any) -> Preset:
     return dataclasses.replace(preset, dit=dataclasses.replace(preset.dit, riflex=cfg.riflex))
 
 
+def with_face(job: Job, cfg: Any) -> Job:
+    """The job with the config's face where it is silent; t2v has no picture to find one in.
+
+    Raises:
+      UserError: the config's face is none of what --face takes.
+    """
+    if job.face is not None or job.task == "t2v":
+        return job
+    return dataclasses.replace(job, face=manifest.parse_face(cfg.face, "config key face"))
+
+
 def request_of(job: Job, cfg: Any) -> Request:
-    """The request of a job, with the config's own picture, sentence and prompt where the job is silent.
+    """The request of a job, with the config's own picture, sentence, prompt and face where the job is silent.
 
     Raises:
       UserError: the config has none.
     """
+    job = with_face(job, cfg)
     own_picture = job.task in ("i2v", "flf2v") and job.image is None and cfg.puppet >= 0
     own_sound = job.task != "lipsync" and job.audio is None and cfg.puppet >= 0
-    face = job.face
-    if face is None and job.task != "t2v":  # which has no picture to find the config's face in
-        face = cfg.face
     return Request(
         image=demo.portrait(cfg.puppet, demo.preset(cfg).height) if own_picture else job.image,
         audio=demo.SENTENCE if own_sound else job.audio,
         prompt=cfg.prompt if job.prompt is None else job.prompt,
         frames=job.frames or cfg.frames or None,
         seed=job.seed,
-        face=None if face == "none" else face,
+        face=None if job.face == "none" else job.face,
         task=job.task,
         last_image=job.last_image,
         video=job.video,
@@ -109,7 +121,8 @@ def options_of(job: Job, cfg: Any) -> SamplingOptions:
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
             raise UserError(f"{name} must be {KINDS[kinds[-1]]}, got {value!r}")
     values = {**cfg.sampling, **job.sampling}
-    return SamplingOptions(**{**values, "long_video": values["long_video"] or MODES[cfg.mode].long_video})
+    own = {name: values.get(name) or value for name, value in MODES[cfg.mode].sampling.items()}
+    return SamplingOptions(**{**values, **own})
 
 
 def render_folder(out: pathlib.Path) -> pathlib.Path:
@@ -151,11 +164,11 @@ class Renderer:
     def read(self, job: Job) -> tuple[Ready, SamplingOptions]:
         """Reads a job's files, checks its settings, and prints what was changed."""
         options = options_of(job, self.cfg)
-        self.words.encode(list(options.negatives.prompts))
+        notes = negative_notes(options, self.words)
         ready = read_request(request_of(job, self.cfg), self.preset, self.words)
         render.check(ready, options, self.preset)
         ready = render.shortened(ready, options, self.preset)
-        for note in (*ready.notes, *([demo.PUPPETS_ONLY] if self.preset.name == "demo" else [])):
+        for note in (*ready.notes, *notes, *([demo.PUPPETS_ONLY] if self.preset.name == "demo" else [])):
             print(f"note: {note}")
         return ready, options
 
@@ -168,6 +181,7 @@ class Renderer:
 
     def _settings(self, job: Job) -> dict[str, Any]:
         """What a video depends on."""
+        job = with_face(job, self.cfg)  # its file is an input
         if not self._hashes:
             self._hashes = weight_hashes(self.preset.name, self.cfg.weights or None)
         return {

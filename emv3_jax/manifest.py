@@ -1,10 +1,12 @@
 """Jobs from a command line or a manifest: rows of words become `Job`s, checked as far as that goes without JAX."""
 
+import collections
+import contextlib
 import csv
 import dataclasses
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,13 @@ from emv3_jax import media
 from emv3_jax.errors import UserError
 from emv3_jax.files import PathLike, check_readable
 
+# Kinds of the columns, by which the cells of a .csv are read; a face and a mouth are parsed later.
+KINDS = {
+    "image": str, "last_image": str, "video": str, "audio": str, "prompt": str, "task": str, "face": str, "mouth": str,
+    "seed": int, "out": str, "sheet": str, "frames": int, "fps": float, "match_colours": bool,
+}  # fmt: skip
 OPTIONS = ("image", "last_image", "video", "audio", "prompt", "task", "face", "mouth", "seed", "out", "sheet")
-COLUMNS = (*OPTIONS, "frames", "fps", "match_colours")  # those without an option are keys of the config
+COLUMNS = tuple(KINDS)  # those without an option are keys of the config
 FILES = {"image": "image", "last_image": "last image", "video": "video", "audio": "recording"}
 FACES = ("none", "detect", "largest")
 
@@ -49,20 +56,26 @@ class Row:
     problem: str = ""
 
 
-def read(path: PathLike) -> list[dict[str, Any]]:
+def column_kinds(sampling: Mapping[str, Any]) -> dict[str, type]:
+    """Of all columns of a manifest, those of a config's section sampling among them."""
+    return {name: type(value) for name, value in sampling.items()} | KINDS
+
+
+def read(path: PathLike, kinds: Mapping[str, type]) -> list[dict[str, Any]]:
     """The rows of a .jsonl or .csv file; empty cells of a .csv are left out.
 
+    kinds: of the columns of a .csv; cells of others are text.
     Raises:
       UserError: the file cannot be read, has no rows, or a row is not one.
     """
-    rows = read_rows(path)
+    rows = read_rows(path, kinds)
     for row in rows:
         if row.problem:
             raise UserError(f"manifest {path}, line {row.line} {row.problem}")
     return [row.values for row in rows]
 
 
-def read_rows(path: PathLike) -> list[Row]:
+def read_rows(path: PathLike, kinds: Mapping[str, type]) -> list[Row]:
     """As `read`, but a row that is not one is among the others.
 
     Raises:
@@ -80,28 +93,44 @@ def read_rows(path: PathLike) -> list[Row]:
     if path.suffix.lower() == ".jsonl":
         rows = [_json_row(n, line) for n, line in enumerate(lines, 1) if line.strip()]
     else:
-        rows = _csv_rows(lines, f"manifest {path}")
+        rows = _csv_rows(lines, kinds, f"manifest {path}")
     if not rows:
         raise UserError(f"manifest {path} holds no rows")
     return rows
 
 
 def _json_row(number: int, line: str) -> Row:
+    doubled: list[str] = []
+
+    def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        doubled.extend(_doubled(name for name, _ in pairs))
+        return dict(pairs)
+
     try:
-        values = json.loads(line)
+        values = json.loads(line, object_pairs_hook=object_of)
     except (ValueError, RecursionError) as error:
         return Row(number, {}, f"is not JSON: {error}")
     if not isinstance(values, dict):
         return Row(number, {}, 'must be an object like {"image": ..., "out": ...}')
+    if doubled:
+        return Row(number, {}, f"says {doubled[0]!r} twice")
     return Row(number, values)
 
 
-def _csv_rows(lines: list[str], place: str) -> list[Row]:
+def _doubled(names: Iterable[str]) -> list[str]:
+    return [name for name, count in collections.Counter(names).items() if count > 1]
+
+
+def _csv_rows(lines: list[str], kinds: Mapping[str, type], place: str) -> list[Row]:
     table = _csv_table(lines)
     _, names, problem = next(table, (0, [], ""))
     if problem:
         raise UserError(f"{place}: the line with the names {problem}")
-    return [Row(line, {}, problem) if problem else _csv_row(line, names, cells) for line, cells, problem in table]
+    if doubled := _doubled(name for name in names if name):
+        raise UserError(f"{place}: two columns are named {doubled[0]!r}: rename one, or remove it")
+    return [
+        Row(line, {}, problem) if problem else _csv_row(line, names, cells, kinds) for line, cells, problem in table
+    ]
 
 
 def _csv_table(lines: list[str]) -> Iterator[tuple[int, list[str], str]]:
@@ -121,18 +150,22 @@ def _csv_table(lines: list[str]) -> Iterator[tuple[int, list[str], str]]:
             start = first + 1
 
 
-def _csv_row(line: int, names: list[str], cells: list[str]) -> Row:
-    if len(cells) > len(names):
-        return Row(line, {}, "has more cells than the first line has names")
-    return Row(line, {name: _cell(text) for name, text in zip(names, cells, strict=False) if text})
+def _csv_row(line: int, names: list[str], cells: list[str], kinds: Mapping[str, type]) -> Row:
+    if len(cells) != len(names):
+        amount = "more" if len(cells) > len(names) else "fewer"
+        return Row(line, {}, f"has {amount} cells than the first line has names")
+    columns = zip(names, cells, strict=True)
+    return Row(line, {name: _cell(text, kinds.get(name, str)) for name, text in columns if text})
 
 
-def _cell(text: str) -> Any:
-    """A number where it reads as one, true or false, or the text."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
+def _cell(text: str, kind: type) -> Any:
+    """A number or a switch where the column is one and the text reads so, or else the text as it stands."""
+    if kind is bool:
+        return {"true": True, "false": False}.get(text.strip().lower(), text)
+    for number in (int, float) if kind in (int, float) else ():
+        with contextlib.suppress(ValueError):
+            return number(text)
+    return text
 
 
 def checked_job(row: Mapping[str, Any]) -> Job:
@@ -144,15 +177,20 @@ def checked_job(row: Mapping[str, Any]) -> Job:
     if "out" not in row:
         raise UserError("the row has no out: where the video is to be written")
     values = {name: row[name] for name in COLUMNS if row.get(name) is not None}
-    for name in ("image", "last_image", "video", "audio", "prompt", "task", "out", "sheet"):
+    for name in (name for name, kind in KINDS.items() if kind is str and name not in ("face", "mouth")):
         if name in values and not isinstance(values[name], str):
             raise UserError(f"{_option(name)} must be text, got {values[name]!r}")
+    for name in ("out", "sheet"):
+        if name in values and not Path(values[name]).name:
+            raise UserError(f"{_option(name)} must name a file, got {values[name]!r}")
     for name, kind in FILES.items():
         if name in values:
             media.check_readable(values[name], kind)
     for name, top in (("seed", 2**32 - 1), ("frames", 10**9)):
         value = values.get(name, 0)
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= top:
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise UserError(f"{_option(name)} must be a whole number, got {value!r}")
+        if not 0 <= value <= top:
             raise UserError(f"{_option(name)} must be between 0 and {top}, got {value}")
     fps = values.get("fps", 0)
     if not isinstance(fps, int | float) or isinstance(fps, bool):
@@ -162,7 +200,7 @@ def checked_job(row: Mapping[str, Any]) -> Job:
     if "face" in values:
         values["face"] = parse_face(values["face"])
     if "mouth" in values:
-        values["mouth"] = parse_box(values["mouth"], "mouth")
+        values["mouth"] = parse_box(values["mouth"], _option("mouth"))
     sampling = {name: value for name, value in row.items() if name not in COLUMNS and value is not None}
     return Job(**values, sampling=sampling)
 
@@ -171,24 +209,25 @@ def _option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def parse_face(value: Any) -> Any:
-    """ "y1,y2,x1,x2" -> four numbers; a number counts faces; the path of a .npy file and the words of FACES stay."""
+def parse_face(value: Any, name: str = "--face") -> Any:
+    """ "y1,y2,x1,x2" -> four numbers; a number counts faces; the path of a .npy file and the words of FACES stay.
+    name: where the value stands."""
     if value in FACES or (isinstance(value, int) and not isinstance(value, bool)):
         return value
-    if isinstance(value, str) and value.isdigit():
+    if isinstance(value, str) and value.isascii() and value.isdecimal():
         return int(value)
     if isinstance(value, str) and value.lower().endswith(".npy"):
         media.check_readable(value, "face box")
         return value
-    return parse_box(value, "face", f", a .npy file, {', '.join(FACES)} or a number")
+    return parse_box(value, name, f", a .npy file, {', '.join(FACES)} or a number")
 
 
 def parse_box(value: Any, name: str, otherwise: str = "") -> tuple[float, float, float, float]:
-    """ "y1,y2,x1,x2" or a list of them -> four numbers."""
+    """ "y1,y2,x1,x2", perhaps in brackets, or a list of them -> four numbers. name: where the value stands."""
     try:
-        y1, y2, x1, x2 = (float(part) for part in (value.split(",") if isinstance(value, str) else value))
+        y1, y2, x1, x2 = map(float, value.strip(" []()").split(",") if isinstance(value, str) else value)
     except (ValueError, TypeError):
-        raise UserError(f"--{name} must be four numbers y1,y2,x1,x2 in pixels{otherwise}, got {value!r}") from None
+        raise UserError(f"{name} must be four numbers y1,y2,x1,x2 in pixels{otherwise}, got {value!r}") from None
     return y1, y2, x1, x2
 
 

@@ -1,12 +1,13 @@
-"""How a velocity is followed: the sampling section of a config, checked."""
+"""How a velocity is followed: the sampling section of a config, checked; and the values that each preset has."""
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 from emv3_jax.diffusion import guidance, long_video, solvers
-from emv3_jax.diffusion.flow import TimeGrid
+from emv3_jax.diffusion.flow import T_MAX, TimeGrid
 from emv3_jax.diffusion.long_video import Windows
 from emv3_jax.diffusion.negatives import Negatives
 from emv3_jax.diffusion.step_cache import StepCache
@@ -32,17 +33,41 @@ LONG_FORMS = {
     "released": LongForm(long_video.released_plan, long_video.released_blend, alone=True),
     "none": LongForm(overlaps=False),
 }
+OPEN = {"long_video": "cfg", "neg_growth": "steady"}  # what an empty value stands for
+# Where a preset differs from the defaults of SamplingOptions: the values of the released demos (those of the newest
+# demo, where demos differ). configs/NAME.py says all of them, with comments.
+PRESET_VALUES: dict[str, dict[str, Any]] = {
+    "preview": {
+        "steps": 25,
+        "shift": 5.0,
+        "text_scale": 4.0,
+        "audio_scale": 2.9,
+        "text_dynamic": True,
+        "audio_dynamic": True,
+        "negative_prompt": (
+            "Gesture is bad. Gesture is unclear. Strange and twisted hands. Bad hands. Bad fingers. Unclear and blurry "
+            "hands. 手部快速摆动, 手指频繁抽搐, 夸张手势, 重复机械性动作."
+        ),
+        "neg_scale": 1.5,
+        "neg_steps": 2,
+        "noise": "fresh",
+    },
+    "flash": {
+        "sampler": "unipc", "steps": 8, "shift": 5.0, "audio_scale": 3.0, "cache_threshold": 0.1, "noise": "fresh"
+    },
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplingOptions:
-    """How the velocity is followed.
+    """How the velocity is followed. The defaults are the demo's; `for_preset` gives those of the others.
 
     sampler: a key of solvers.SAMPLERS. steps: of the solver. shift: of the time grid (SPEC 4). text_scale, audio_scale:
     guidance; 1 is none. text_dynamic, audio_dynamic: that scale falls to its half on the way (dynamic CFG, SPEC 4).
     cfg_skip_ratio: the last steps, this share of all, go without guidance.
-    negative_prompt: what guidance by text moves away from; the demo was trained with the empty one. negative_motion,
-    negative_detail, neg_scale, neg_steps: see `negatives.Negatives`.
+    negative_prompt: what guidance by text moves away from (with a text_scale of 1 nothing does); the demo was trained
+    with the empty one. negative_motion, negative_detail, negative_low, negative_high (its bounds), neg_scale,
+    neg_steps, neg_growth (a key of negatives.GROWTHS; empty: steady): see `negatives.Negatives`.
     cache_threshold: TeaCache, 0 is off; cache_start: steps that are always computed.
     long_video: a key of LONG_FORMS, for videos longer than a window; empty: cfg. window: video frames of one, 4k + 1; 0
     is the longest clip of the preset. overlap: latent frames that neighbouring windows share. noise: a key of
@@ -62,8 +87,11 @@ class SamplingOptions:
     negative_prompt: str = ""
     negative_motion: str = ""
     negative_detail: str = ""
+    negative_low: float = T_MAX / 3
+    negative_high: float = T_MAX * 2 / 3
     neg_scale: float = 1.0
     neg_steps: int = 0
+    neg_growth: str = "steady"
     cache_threshold: float = 0.0
     cache_start: int = 5
     long_video: str = "cfg"
@@ -83,7 +111,8 @@ class SamplingOptions:
         if not np.isfinite(self.shift) or self.shift <= 0:
             raise UserError(f"shift must be a number above 0, got {self.shift}")
         guidance.skipped_guidance(self.cfg_skip_ratio, self.steps)
-        object.__setattr__(self, "long_video", self.long_video or "cfg")  # a config may leave it open
+        for name, value in OPEN.items():  # a config may leave them open
+            object.__setattr__(self, name, getattr(self, name) or value)
         if self.long_video not in LONG_FORMS:
             raise UserError(f"there is no form of long video {self.long_video!r}: one of {', '.join(LONG_FORMS)}")
         if self.noise and self.noise not in long_video.NOISES:
@@ -96,7 +125,12 @@ class SamplingOptions:
             raise UserError(f"overlap must be 0 or more latent frames, got {self.overlap}")
         if self.windows_together < 0:
             raise UserError(f"windows_together must be 0 or more, got {self.windows_together}")
-        _ = self.negatives, self.cache  # refuse what they refuse
+        _ = self.negatives, self.cache, self.solver  # refuse what they refuse
+
+    @classmethod
+    def for_preset(cls, name: str, **changes: Any) -> "SamplingOptions":
+        """The options of a preset by name (PRESET_VALUES; presets of one's own have the defaults), with changes."""
+        return cls(**{**PRESET_VALUES.get(name, {}), **changes})
 
     @property
     def scales(self) -> tuple[guidance.Scale, guidance.Scale]:
@@ -108,8 +142,22 @@ class SamplingOptions:
     @property
     def negatives(self) -> Negatives:
         return Negatives(
-            self.negative_prompt, self.negative_motion, self.negative_detail, scale=self.neg_scale, steps=self.neg_steps
+            self.negative_prompt,
+            self.negative_motion,
+            self.negative_detail,
+            bounds=(self.negative_low, self.negative_high),
+            scale=self.neg_scale,
+            steps=self.neg_steps,
+            growth=self.neg_growth,
         )
+
+    @property
+    def unused_negatives(self) -> list[str]:
+        """Names of the options of negative prompts that are set, where guidance has no branch that takes them."""
+        if not guidance.branches(*self.scales)[0].prompt:
+            return []
+        words = [name for name in ("negative_prompt", "negative_motion", "negative_detail") if getattr(self, name)]
+        return words + (["neg_scale"] if self.neg_scale != 1 else [])
 
     @property
     def cache(self) -> StepCache | None:
@@ -126,11 +174,11 @@ class SamplingOptions:
 
     @property
     def grid(self) -> TimeGrid:
-        return solvers.sampler_named(self.sampler).grid(self.steps, self.shift)
+        return solvers.make(self.sampler, self.steps, self.shift)[0]
 
     @property
     def solver(self) -> solvers.Solver:
-        return solvers.sampler_named(self.sampler).solver(self.grid)
+        return solvers.make(self.sampler, self.steps, self.shift)[1]
 
     def noises(self, frames: np.ndarray, windows: Windows, seed: int) -> np.ndarray:
         """Numbers of the noises that latent frames [k] of a video begin with."""

@@ -207,14 +207,15 @@ class Pipeline:
         """Yields the video as it is decoded: [1 or 4, H, W, 3] uint8 at a time.
 
         Args:
+          options: default: those of the preset (`SamplingOptions.for_preset`).
           folder: where the latents are kept; a render that was interrupted goes on from there, if it is asked for the
             same. It stays, to be removed once the frames are safe. Default: a temporary one, which does not.
           tell: is told what was decided before the first step, a line at a time.
         """
         from emv3_jax import render
 
-        options = options or SamplingOptions()
-        self.words.encode(list(options.negatives.prompts))  # too long: say so before the work
+        options = options or SamplingOptions.for_preset(self.preset.name)
+        negative_notes(options, self.words)  # too long: say so before the work
         if folder is not None:
             yield from render.stream(self, ready, options, on_step, folder, tell, kept=True)
             return
@@ -227,14 +228,31 @@ class Pipeline:
     ) -> Result:
         """Makes a video of one request and writes nothing.
 
+        Args:
+          options: default: those of the preset (`SamplingOptions.for_preset`).
         Raises:
           UserError: see `read_request`.
         """
         from emv3_jax import render
 
-        options = options or SamplingOptions()
+        options = options or SamplingOptions.for_preset(self.preset.name)
+        notes = negative_notes(options, self.words)
         ready = render.shortened(read_request(request, self.preset, self.words), options, self.preset)
-        return Result(np.concatenate(list(self.stream(ready, options, on_step))), ready.wave, ready.notes)
+        return Result(np.concatenate(list(self.stream(ready, options, on_step))), ready.wave, (*ready.notes, *notes))
+
+
+def negative_notes(options: SamplingOptions, words: Any) -> list[str]:
+    """What a user should know of how a tokenizer reads the negative prompts, and whether they are used.
+
+    Raises:
+      UserError: one of them is too long.
+    """
+    prompts = options.negatives.prompts
+    words.encode(list(prompts))
+    if unused := options.unused_negatives:
+        verb = "are" if len(unused) > 1 else "is"
+        return [f"{', '.join(unused)} {verb} not used: text_scale is 1; give --config.sampling.text_scale=2, say"]
+    return words.notes(" ".join(prompts))
 
 
 @jax.jit

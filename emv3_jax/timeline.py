@@ -11,11 +11,25 @@ import numpy as np
 from emv3_jax.config import FPS
 from emv3_jax.errors import UserError
 
-_NUMBER = r"\d+(?:\.\d+)?"
-_TIME = rf"\s*{_NUMBER}\s*(?:s(?:ec(?:ond)?s?)?)?\s*"  # as people write it
-_NEARLY = re.compile(rf"{_TIME}[-\u2013\u2014](?:{_TIME}|\s*end\s*):")  # a dash of any length
-_WITHOUT_COLON = re.compile(rf"{_TIME}[-\u2013\u2014]\s*{_NUMBER}\s*s\b")
-_SPAN = re.compile(rf"\s*({_NUMBER})\s*s?\s*-\s*({_NUMBER})\s*s\s*:\s*")
+# What is understood: 4, 4.5, 4,5 (seconds) and 0:04, 1:04.5 (minutes and seconds).
+_NUMBER, _CLOCK = r"\d+(?:[.,]\d+)?", r"\d+:[0-5]\d(?:[.,]\d+)?"
+_COLON = "[:\uff1a]"
+_SPAN = re.compile(rf"\s*({_CLOCK}|{_NUMBER})\s*s?\s*-\s*({_CLOCK}(?:\s*s)?|{_NUMBER}\s*s)\s*{_COLON}\s*")
+# What people write for it. Without a colon behind it, or inside a text, only what has a unit or is a clock is meant so.
+_UNIT = r"\s*(?:s(?:ec(?:ond)?s?)?|min(?:ute)?s?)"
+_PLAIN = rf"{_NUMBER}(?:{_UNIT})?"
+_TIME = rf"\d+(?::\d+)*(?:[.,]\d+)?(?:{_UNIT})?"
+_CERTAIN = rf"(?:{_NUMBER}{_UNIT}|\d+(?::\d\d)+(?:[.,]\d+)?)"
+_DASH = r"\s*[-\u2013\u2014~]\s*"
+_TO = rf"(?:{_DASH}|\s*to\s*)"
+_MEANT = (
+    rf"(?:{_TIME}{_TO}{_CERTAIN}\s*{_COLON}|{_CERTAIN}{_TO}{_TIME}\s*{_COLON}(?!\d)|\[\s*{_TIME}{_TO}{_CERTAIN}\s*\]"
+    rf"|[\[(]\s*{_TIME}{_TO}{_TIME}\s*[\])]\s*{_COLON})"
+)
+_NEARLY = rf"\s*(?:{_MEANT}|{_PLAIN}{_DASH}(?:{_PLAIN}|end)\s*{_COLON})"
+_WITHOUT_COLON = rf"\s*\(?{_TIME}{_TO}(?:{_NUMBER}\s*s|\d+(?::\d\d)+)\b"
+_INSIDE = re.compile(rf"(?<!\w){_MEANT}")
+_SEPARATOR = re.compile(rf"[;\uff1b]|\n(?={_NEARLY}|{_WITHOUT_COLON})")
 EXAMPLE = '"0-4s: A puppet nods; 4-9s: A puppet waves."'
 
 
@@ -31,30 +45,31 @@ class Span:
 def parse(prompt: str) -> tuple[Span, ...]:
     """A prompt, or several with their times, in order and without gaps.
 
-    Times are meant where a part (parts end with a semicolon) begins with a span and a colon, such as "0-4s:" or "0-4:",
-    or where all of several parts begin with a span in s, as in "0-4s A puppet nods; 4-9s A puppet waves". Then every
-    part must be written as in EXAMPLE. Anything else is one prompt: "2-3 people talk.", "1920s-style host; 3-4 times."
+    Times are meant where a part (parts end with a semicolon, or with a line if the next one begins with a span) begins
+    with a span and a colon, such as "0-4s:" or "0-4:", or in brackets, as in "[0-4s]", or where all of several parts
+    begin with a span in s, as in "0-4s A puppet nods; 4-9s A puppet waves". Then every part must be written as in
+    EXAMPLE, or with times like "4,5s" or "0:04", and no text may hold another span: "0-4s: A puppet nods, 4-9s: ...".
+    Anything else is one prompt: "2-3 people talk.", "1920s-style host; 3-4 times.", "1 to 3: one, two, three."
 
     Raises:
       UserError: the prompt is empty, or its times cannot be read; says at which character.
     """
     if not prompt.strip():
         raise UserError('the prompt is empty: say what is to be seen, e.g. "A puppet nods and smiles."')
-    if not _is_timed(prompt.split(";")):
+    ends = [found.span() for found in _SEPARATOR.finditer(prompt)]
+    borders = zip([0, *(end for _, end in ends)], [*(start for start, _ in ends), len(prompt)], strict=True)
+    parts = [(start, prompt[start:end]) for start, end in borders if prompt[start:end].strip()]
+    if not _is_timed([part for _, part in parts]):
         return (Span(0.0, np.inf, prompt.strip()),)
     spans: list[Span] = []
-    at = 0
-    for part in prompt.split(";"):
-        if part.strip() or not spans:
-            spans.append(_span(part, at, spans[-1].end if spans else 0.0))
-        at += len(part) + 1
+    for at, part in parts:
+        spans.append(_span(part, at, spans[-1].end if spans else 0.0))
     return tuple(spans)
 
 
 def _is_timed(parts: list[str]) -> bool:
-    said = [part for part in parts if part.strip()]
-    return any(_NEARLY.match(part) for part in said) or (
-        len(said) > 1 and all(_WITHOUT_COLON.match(part) for part in said)
+    return any(re.match(_NEARLY, part) for part in parts) or (
+        len(parts) > 1 and all(re.match(_WITHOUT_COLON, part) for part in parts)
     )
 
 
@@ -64,7 +79,12 @@ def _span(part: str, at: int, expected: float) -> Span:
     place = f"prompt, character {at + len(part) - len(part.lstrip()) + 1}"
     if not found:
         raise UserError(f"{place}: times are written like {EXAMPLE}, got {part.strip()[:40]!r}")
-    start, end, text = float(found[1]), float(found[2]), part[found.end() :].strip()
+    start, end, text = _seconds(found[1]), _seconds(found[2]), part[found.end() :].strip()
+    if other := _INSIDE.search(part, found.end()):
+        raise UserError(
+            f"prompt, character {at + other.start() + 1}: a part must end with a semicolon before the next one begins,"
+            f" as in {EXAMPLE}, got {part[other.start() :].strip()[:40]!r}"
+        )
     if start != expected:
         raise UserError(f"{place}: this part must start at {expected:g}s, where the one before ends, got {start:g}s")
     if end <= start:
@@ -72,6 +92,12 @@ def _span(part: str, at: int, expected: float) -> Span:
     if not text:
         raise UserError(f"{place}: nothing is said of {start:g}-{end:g}s")
     return Span(start, end, text)
+
+
+def _seconds(time: str) -> float:
+    """Of "4.5", "4,5s" or "1:04.5"."""
+    minutes, _, seconds = time.rstrip("s \t\n").replace(",", ".").rpartition(":")
+    return round(60 * int(minutes or 0) + float(seconds), 6)  # the same number however it is written
 
 
 def fit(spans: tuple[Span, ...], seconds: float) -> tuple[tuple[Span, ...], list[str]]:

@@ -10,7 +10,7 @@ import pytest
 import soundfile
 from PIL import Image
 
-from emv3_jax import checkpoint, command_line, conditioning, config, pipeline
+from emv3_jax import checkpoint, command_line, conditioning, config, options, pipeline, render
 from emv3_jax.config import DEMO
 from emv3_jax.errors import UserError
 from emv3_jax.models import log_mel
@@ -229,6 +229,10 @@ def test_a_face_box_follows_its_image():
         ({"shift": float("nan")}, "shift must be a number above 0"),
         ({"text_scale": -1.0}, "text_scale must be a number of 0 or more, got -1.0"),
         ({"audio_scale": float("inf")}, "audio_scale must be a number"),
+        ({"sampler": "unipc", "shift": 1e5}, "unipc needs a time grid that starts below sigma 1"),
+        ({"sampler": "dpmpp", "shift": 1e9}, "dpmpp cannot make 12 steps with shift"),
+        ({"negative_low": 700.0}, "negative_low and negative_high must satisfy .*, got 700 and 666.667"),
+        ({"neg_growth": "fast"}, "there is no neg_growth 'fast'"),
     ],
 )
 def test_sampling_options_out_of_range(changes, message):
@@ -303,3 +307,54 @@ def test_presets_carry_the_values_of_the_released_demos(name, values):
     sampling = command_line.load_config(CONFIGS / f"{name}.py").sampling
     assert {key: sampling[key] for key in values} == values and sampling.shift == 5.0
     assert sampling.negative_prompt.startswith("Gesture is bad.") == (name == "preview")
+
+
+@pytest.mark.parametrize("name", ["demo", "preview", "flash"])
+def test_a_preset_has_the_options_of_its_config(name):
+    sampling = command_line.load_config(CONFIGS / f"{name}.py").sampling
+    assert set(sampling) == {field.name for field in dataclasses.fields(SamplingOptions)}
+    assert SamplingOptions(**sampling) == SamplingOptions.for_preset(name)
+    assert SamplingOptions.for_preset(name, steps=3) == dataclasses.replace(SamplingOptions(**sampling), steps=3)
+
+
+def test_without_options_those_of_the_preset_are_taken(tiny, monkeypatch):
+    taken = []
+
+    def stream(pipe, ready, options, *rest, **more):
+        taken.append(options)
+        yield np.zeros((1, 32, 32, 3), np.uint8)
+
+    monkeypatch.setattr(render, "stream", stream)
+    monkeypatch.setitem(options.PRESET_VALUES, "tiny", {"steps": 3, "shift": 7.0})
+    pipe = pipeline.Pipeline(tiny, {})
+    pipe.generate(request())
+    list(pipe.stream(read_request(request(), tiny)))
+    assert taken == [SamplingOptions(steps=3, shift=7.0)] * 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "notes"),
+    [
+        ({}, []),
+        ({"text_scale": 2.0, "negative_motion": "A puppet nods.", "neg_scale": 2.0}, []),
+        (
+            {"text_scale": 2.0, "negative_prompt": "blurred", "negative_motion": "A puppet nods."},
+            ["the demo does not know the words blurred; it knows a, and"],
+        ),
+        ({"negative_motion": "A puppet nods."}, ["negative_motion is not used: text_scale is 1; give --config.samp"]),
+        (
+            {"negative_prompt": "blurred", "negative_detail": "sad", "neg_scale": 1.5},
+            ["negative_prompt, negative_detail, neg_scale are not used: text_scale is 1"],
+        ),
+        ({"negative_prompt": "sad", "text_dynamic": True}, []),  # falls below 1
+    ],
+)
+def test_negative_prompts_are_used_or_it_is_told(changes, notes):
+    told = pipeline.negative_notes(SamplingOptions(**changes), conditioning.tokenizer(DEMO))
+    assert len(told) == len(notes) and all(text.startswith(note) for text, note in zip(told, notes, strict=True))
+
+
+def test_what_is_told_of_the_options_stands_in_the_result(tiny, monkeypatch):
+    monkeypatch.setattr(render, "stream", lambda *args, **more: iter([np.zeros((1, 32, 32, 3), np.uint8)]))
+    made = pipeline.Pipeline(tiny, {}).generate(request(), SamplingOptions(neg_scale=2.0))
+    assert made.notes[-1].startswith("neg_scale is not used")

@@ -22,10 +22,45 @@ def test_one_prompt_counts_throughout():
         "1920-1930s host; it nods",
         "A host; 2-3 people: all nod",
         "0-60s timer runs",
+        "A puppet counts 1 to 3: one, two, three",
+        "1 to 3: one, two, three",
+        "A puppet shakes its head for 3-4s: calmly",
+        "At 1:30 a host talks; 3:30-4:15 pm: he sleeps",
+        "(1920-1930s) host",
+        "A host talks.\n2-3 people: all nod",
+        "16:9-4:3 picture of a host",
+        "[1-3] of the puppets nod",
     ],
 )
 def test_numbers_at_the_beginning_are_not_always_times(prompt):
     assert timeline.parse(prompt) == (timeline.Span(0.0, np.inf, prompt),)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "times"),
+    [
+        ("0-4,5s: A; 4,5-9s: B", (4.5, 9)),
+        ("0:00-0:04: A; 0:04-0:09: B", (4, 9)),
+        ("0-4s:A;0:04 - 1:09,5s : B", (4, 69.5)),
+        ("0-1:04.1: A; 64.1-65s: B", (64.1, 65)),
+        ("0-4s: A\n4-9s: B", (4, 9)),
+        ("\n0-4s: A;\r\n\r\n4-9s: B\n", (4, 9)),
+        ("0-4s\uff1aA\uff1b4-9s\uff1aB", (4, 9)),
+    ],
+)
+def test_times_may_be_written_in_several_ways(prompt, times):
+    spans = timeline.parse(prompt)
+    assert [(span.start, span.end) for span in spans] == [(0, times[0]), times]
+    assert [span.text for span in spans] == ["A", "B"]
+
+
+def test_a_line_may_end_inside_a_text():
+    assert [span.text for span in timeline.parse("0-4s: A puppet\nnods; 4-9s: B")] == ["A puppet\nnods", "B"]
+
+
+def test_a_long_gap_is_searched_quickly():
+    with pytest.raises(UserError):
+        timeline.parse("0-4s: " + ("4" + " " * 3000) * 3 + "\n" * 3000 + "[4-9s]")
 
 
 def test_prompts_follow_each_other():
@@ -49,6 +84,24 @@ def test_prompts_follow_each_other():
         ("0\u20132s: nods", "prompt, character 1: times are written like"),
         ("0-2s: nods; 2s-end: waves", "prompt, character 13: times are written like"),
         ("0-2s nods; 2-4s waves", "prompt, character 1: times are written like"),
+        ("0-2s nods\n2-4s waves", "prompt, character 1: times are written like"),
+        ("0s to 2s: nods; 2s to 4s: waves", "prompt, character 1: times are written like"),
+        ("0s to 2s nods; 2s to 4s waves", "prompt, character 1: times are written like"),
+        ("0 to 2 seconds: nods", "prompt, character 1: times are written like"),
+        ("0-2 min: nods", "prompt, character 1: times are written like"),
+        ("0-2s: nods\n2-4: waves", "prompt, character 12: times are written like"),
+        ("[0-2s] nods; [2-4s] waves", "prompt, character 1: times are written like"),
+        ("[0-2s] nods", "prompt, character 1: times are written like"),
+        ("(0-2s): nods", "prompt, character 1: times are written like"),
+        ("(0-2s) nods; (2-4s) waves", "prompt, character 1: times are written like"),
+        ("0:00:00-0:00:02: nods", "prompt, character 1: times are written like"),
+        ("0:00-4: nods", "prompt, character 1: times are written like"),
+        ("0-4:2 puppets nod", "prompt, character 1: times are written like"),
+        ("0:00-0:75: nods", "prompt, character 1: times are written like"),
+        ("0-2s: nods, 2-4s: waves", "prompt, character 13: a part must end with a semicolon .*, got '2-4s: waves'"),
+        ("0-2s: nods 2s to 4s: waves", "prompt, character 12: a part must end with a semicolon"),
+        ("0-2s: nods; 2-4s: waves [4-9s] smiles", "prompt, character 25: a part must end with a semicolon"),
+        ("0-2s: 2-4s: waves", "prompt, character 7: a part must end with a semicolon"),
     ],
 )
 def test_mistakes_name_their_place(prompt, message):

@@ -26,6 +26,7 @@ from emv3_jax.media.face_box import Box
 from emv3_jax.request import fit_box, fitted_size
 
 SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".flv", ".wmv")
+COLUMNS = {"video": str, "caption": str, "start": float, "end": float}  # of a manifest
 QUIET = 1e-3  # of full scale: a clip without a louder sample says nothing
 # sync(video [F, H, W, 3] uint8, wave [n] at 16 kHz, face box or None) -> (frames the picture is late, confidence)
 SyncModel = Callable[[np.ndarray, np.ndarray, Box | None], tuple[float, float]]
@@ -93,12 +94,12 @@ def find_films(path: PathLike, caption: str | None) -> list[Film]:
     if path.suffix.lower() in SUFFIXES:
         return [Film(str(path), _sidecar(path) or caption or "", printable(path.name))]
     films = []
-    for number, row in enumerate(manifest.read(path), 1):
+    for number, row in enumerate(manifest.read(path, COLUMNS), 1):
         place = f"manifest {path}, row {number}"
-        unknown = sorted(set(row) - {"video", "caption", "start", "end"})
+        unknown = sorted(set(row) - set(COLUMNS))
         if row.get("video") in (None, "") or unknown:
             what = f"has unknown {unknown[0]!r}" if unknown else "names no video"
-            raise UserError(f"{place} {what}: columns are video, caption, start, end")
+            raise UserError(f"{place} {what}: columns are {', '.join(COLUMNS)}")
         start, end = (_seconds(row.get(key), f"{place}: {key}") for key in ("start", "end"))
         if end is not None and end <= (start or 0.0):
             raise UserError(f"{place}: end must be after start, got {start or 0:g} and {end:g}")

@@ -146,11 +146,11 @@ def unipc(grid: TimeGrid) -> Solver:
     Remembers the last corrected x and two x0 predictions. The grid must start below sigma 1 (`unipc_grid` does).
 
     Raises:
-      ValueError: it starts at sigma 1, where the corrector is not defined.
+      UserError: it starts at sigma 1, where the corrector is not defined.
     """
     sigmas = np.asarray(grid.sigmas, np.float64)
     if sigmas[0] >= 1 and grid.steps > 1:
-        raise ValueError("UniPC needs a grid that starts below sigma 1")
+        raise UserError("the sampler unipc needs a time grid that starts below sigma 1: give a smaller shift")
     lambdas = _lambdas(sigmas)
     correct = np.array([_corrector_row(sigmas, lambdas, i) for i in range(grid.steps)], np.float32)
     predict = np.array([_predictor_row(sigmas, lambdas, i) for i in range(grid.steps)], np.float32)
@@ -176,3 +176,22 @@ def sampler_named(name: str) -> Sampler:
     if name not in SAMPLERS:
         raise UserError(f"there is no sampler {name!r}: one of {', '.join(SAMPLERS)}")
     return SAMPLERS[name]
+
+
+def make(name: str, steps: int, shift: float) -> tuple[TimeGrid, Solver]:
+    """The grid of a sampler, and the solver with its table.
+
+    Raises:
+      UserError: there is no such sampler, or rounding leaves it no grid, or no table, that it can follow.
+    """
+    sampler = sampler_named(name)
+    with np.errstate(all="ignore"):  # what goes wrong shows in the numbers
+        grid = sampler.grid(steps, shift)
+        falls = bool(np.all(np.diff(grid.sigmas) < 0))
+        solver = sampler.solver(grid) if falls else None
+    if solver is None or not all(np.isfinite(column).all() for column in jax.tree.leaves(solver.table)):
+        raise UserError(
+            f"the sampler {name} cannot make {steps} steps with shift {shift:g}, where neighbouring times are the same"
+            " number: give a shift nearer to 1, or fewer steps"
+        )
+    return grid, solver

@@ -91,9 +91,9 @@ def test_rows_of_a_manifest(tmp_path):
         Film(str(tmp_path / "sub/b.mp4"), "All.", "sub/b.mp4@3-", 3.0, None),
         Film(str(tmp_path / "sub/b.mp4"), "All.", "sub/b.mp4@0-0.5", None, 0.5),
     ]
-    (tmp_path / "films.csv").write_text('video,caption,start,end\na.mp4,"One, two.",,\nb.mp4,,1,2.5\n')
+    (tmp_path / "films.csv").write_text('video,caption,start,end\na.mp4,"One, two.",,\n7,1e3,1,2.5\n')
     assert find_films(tmp_path / "films.csv", None) == [
-        Film(str(tmp_path / "a.mp4"), "One, two.", "a.mp4"), Film(str(tmp_path / "b.mp4"), "", "b.mp4@1-2.5", 1.0, 2.5),
+        Film(str(tmp_path / "a.mp4"), "One, two.", "a.mp4"), Film(str(tmp_path / "7"), "1e3", "7@1-2.5", 1.0, 2.5),
     ]  # fmt: skip
 
 

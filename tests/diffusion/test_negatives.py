@@ -28,8 +28,13 @@ def test_one_phase_alone_leaves_the_other_to_the_common_prompt():
 
 def test_the_released_factor_piles_up_and_stays():
     """SPEC section 4: 1.5, 2.25, 3.375 and then 3.375 for the rest of the run."""
-    table = Negatives("bad", scale=1.5, steps=2).table(np.linspace(1000, 100, 5))
+    table = Negatives("bad", scale=1.5, steps=2, growth="cumulative").table(np.linspace(1000, 100, 5))
     np.testing.assert_allclose(table[:, 0], [1.5, 2.25, 3.375, 3.375, 3.375])
+
+
+def test_the_factor_is_one_and_ends_with_its_steps():
+    table = Negatives("bad", motion="stiff", scale=1.5, steps=2).table(np.linspace(1000, 100, 5))
+    np.testing.assert_allclose(table.sum(axis=1), [1.5, 1.5, 1.5, 1, 1])
 
 
 def test_stages_are_the_distinct_mixtures():
@@ -38,7 +43,17 @@ def test_stages_are_the_distinct_mixtures():
     assert which.tolist() == [0, 0, 1, 2, 2]
 
 
-@pytest.mark.parametrize("changes", [{"bounds": (5, 5)}, {"bounds": (0, 2000)}, {"scale": -1.0}, {"steps": -1}])
-def test_what_cannot_be(changes):
-    with pytest.raises(UserError):
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bounds": (5, 5)}, "negative_low and negative_high must satisfy 0 <= low < high <= 1000, got 5 and 5"),
+        ({"bounds": (0, 2000)}, "negative_low and negative_high must"),
+        ({"bounds": (float("nan"), 500)}, "negative_low and negative_high must"),
+        ({"scale": -1.0}, "neg_scale must be a number of 0 or more"),
+        ({"steps": -1}, "neg_steps must be 0 or more"),
+        ({"growth": "fast"}, "there is no neg_growth 'fast': one of steady, cumulative"),
+    ],
+)
+def test_what_cannot_be(changes, message):
+    with pytest.raises(UserError, match=message):
         Negatives(**changes)

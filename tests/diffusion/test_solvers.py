@@ -9,7 +9,7 @@ import pytest
 
 from emv3_jax.diffusion.flow import TimeGrid, flow_grid
 from emv3_jax.diffusion.sampler import sample
-from emv3_jax.diffusion.solvers import SAMPLERS, euler, sampler_named, unipc
+from emv3_jax.diffusion.solvers import SAMPLERS, euler, make, sampler_named, unipc
 from emv3_jax.errors import UserError
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -90,8 +90,31 @@ def test_a_scan_gives_what_the_loop_gives(name):
 
 
 def test_unipc_refuses_a_grid_from_pure_noise():
-    with pytest.raises(ValueError, match="starts below sigma 1"):
+    with pytest.raises(UserError, match="starts below sigma 1"):
         unipc(flow_grid(4))
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("shift", [1e-3, 1.0, 12.0, 100.0])
+def test_a_solver_comes_with_its_grid(name, shift):
+    grid, solver = make(name, 25, shift)
+    assert grid.steps == solver.steps == 25
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "shift", "message"),
+    [
+        ("unipc", 8, 1e5, "unipc needs a time grid that starts below sigma 1: give a smaller shift"),
+        ("unipc", 8, 1e9, "the sampler unipc cannot make 8 steps with shift 1e.09"),
+        ("dpmpp", 8, 1e9, "the sampler dpmpp cannot make 8 steps with shift 1e.09, .*: give a shift nearer to 1"),
+        ("flow", 8, 1e9, "the sampler flow cannot make 8 steps"),
+        ("flow", 8, 1e-44, "the sampler flow cannot make 8 steps"),
+        ("dpmpp", 8, 1e-44, "the sampler dpmpp cannot make 8 steps"),
+    ],
+)
+def test_what_rounding_leaves_no_solver_for(name, steps, shift, message):
+    with pytest.raises(UserError, match=message):
+        make(name, steps, shift)
 
 
 def test_unknown_samplers_are_named_with_those_that_exist():
