@@ -90,7 +90,7 @@ def test_on_a_base_the_first_velocity_is_the_base_models(case, base):
         np.testing.assert_array_equal(flat[path], source[path], err_msg=path)
 
 
-def test_under_phda_the_first_velocity_is_the_base_models_where_all_modalities_count_whole(case, base):
+def test_under_phda_the_first_velocity_is_the_base_models_where_text_and_image_count_whole(case, base):
     """With the phases of sft_1b.py: nothing is heard at any t, but late the image counts half."""
     phda = PhDAConfig.from_config(sft_1b.get_config().phda)
     started, base_model = starts.on_base(case.fresh, base), case.unheard(case.params)
