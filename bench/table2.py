@@ -13,7 +13,6 @@ error of 255, a distance between the distributions of true and generated videos 
 error. Text guidance is on, with PNG: another motion than the asked one early, another expression late.
 """
 
-import argparse
 import dataclasses
 import functools
 import hashlib
@@ -303,15 +302,15 @@ def table(out: pathlib.Path, seeds: int = SEEDS, scale: float = SCALE) -> str:
     return "\n".join(lines)
 
 
-def main() -> int:
+def main(arguments: list[str]) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = command_line.Parser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rows", nargs="*", choices=ROWS, default=list(ROWS))
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--data", default="data/puppets33")
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--scale", type=float, default=SCALE, help="of all numbers of steps, for a quick look")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     command_line.setup_compile_cache()
     if args.rows:
         bench = Bench(args.out, args.data, args.seeds, args.scale)
@@ -322,4 +321,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command_line.run_main(main))

@@ -4,14 +4,15 @@ python -m emv3_jax.training.negatives --config configs/sft_1b.py --weights runs/
 python -m emv3_jax.training.review data/negatives
 python train.py --config configs/ndpo.py --workdir runs/ndpo --config.issue=lips
 
-The weights that made the clips are the start and the reference. `objective`: ndpo compares with the reference and fades
-as negatives become unlikely; ndpo_absolute is the paper's formula as it stands; dpo is the paired baseline, each
-negative against the true clip it was made after. beta here is for differences between errors. ndpo_absolute takes
-exp(-beta·err) of the error itself, which in float32 is exactly 0 from beta·err of 88 on, and lost beside AdamW's
-epsilon long before: give it --config.beta=10, for velocity errors of a few tenths. A stage is short: it only pushes
-away, and what it harms the SFT after it mends (full_cycle.py). The learning rate is a hundredth of SFT's: AdamW's steps
-do not shrink with the gradient, so at a rate of SFT's size the weights run on after the loss has faded (on puppets:
-configs/puppet_ndpo.py).
+The weights that made the clips are the start and the reference; clips that others made are told in a note. Clips of
+several sizes are unlearnt a size at a time, those shorter than a batch of `stages` whole. `objective`: ndpo compares
+with the reference and fades as negatives become unlikely; ndpo_absolute is the paper's formula as it stands; dpo is the
+paired baseline, each negative against the true clip it was made after. beta here is for differences between errors.
+ndpo_absolute takes exp(-beta·err) of the error itself, which in float32 is exactly 0 from beta·err of 88 on, and lost
+beside AdamW's epsilon long before: give it --config.beta=10, for velocity errors of a few tenths. A stage is short: it
+only pushes away, and what it harms the SFT after it mends (full_cycle.py). The learning rate is a hundredth of SFT's:
+AdamW's steps do not shrink with the gradient, so at a rate of SFT's size the weights run on after the loss has faded
+(on puppets: configs/puppet_ndpo.py).
 """
 
 import ml_collections

@@ -5,10 +5,12 @@ python -m convert to-jax released/Wan2.1-Fun-V1.1-1.3B-InP/diffusion_pytorch_mod
 python -m emv3_jax.data.prepare --videos films --preset preview --weights weights --out data/films
 python train.py --config configs/sft_1b.py --workdir runs/sft_1b
 
-The audio branch starts silent: at step 0 the velocity is the base model's. Tasks join from the highest masking ratio
-to the lowest, and the weights go on from their moving average whenever one joins. As in the paper: clips of 113 frames
-of 768 x 768, learning rate 1e-4; the paper does not say how many steps. This has not been run: memory and FLOPs of a
-step on TPU slices stand in docs/benchmarks.md (`python -m bench.tpu_aot --mode train`).
+The audio branch starts silent: at step 0 the velocity is the same whatever is heard, and the base model's where text
+and image count 1. That is from t = 334 on (in training, which moves the boundaries, from 434 on); below, PhDA lets the
+image count less, down to 0.5, which the base model never saw. Tasks join from the highest masking ratio to the lowest,
+and the weights go on from their moving average whenever one joins. As in the paper: clips of 113 frames of 768 x 768,
+learning rate 1e-4; the paper does not say how many steps. This has not been run: memory and FLOPs of a step on TPU
+slices stand in docs/benchmarks.md (`python -m bench.tpu_aot --mode train`).
 
 Four devices share a clip's tokens (mesh.context), and take the clips of a batch one after another (micro_batches 0).
 With more than 128 devices a batch needs more clips, or a clip more devices; with less than four set mesh.context.

@@ -120,7 +120,7 @@ def weight_hashes(
     for role in roles or [role for role in CONVERTED if role != "speech" or PRESETS[name].speech]:
         path = locate(folder, role, PRESETS[name])
         if path.suffix == ".safetensors":
-            hashes[role] = file_hash(path)
+            hashes[role] = file_hash(check_readable(path, "weights"))
         else:
             hashes[role] = "+".join(source["sha256"] for source in converted.read_record(path).sources)
     return hashes

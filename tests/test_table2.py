@@ -7,12 +7,22 @@ import numpy as np
 
 from bench import table2
 from configs import puppet_base, puppet_sft
+from emv3_jax import command_line
 
 
 def bench(tmp_path, seeds=3, scale=1.0):
     made = object.__new__(table2.Bench)  # without its dataset
     made.out, made.seeds, made.scale, made.base = tmp_path, seeds, scale, puppet_base.get_config()
     return made
+
+
+def test_a_dataset_that_is_not_there_is_told_in_a_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command_line, "setup_compile_cache", lambda: None)
+    words = ["--data", str(tmp_path / "nothing"), "--out", str(tmp_path / "out"), "--rows"]
+    assert command_line.run_main(table2.main, [*words, "full"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: the dataset {tmp_path}/nothing is not there; make it with python -m emv3_jax.data.")
+    assert command_line.run_main(table2.main, words) == 0 and "| row |" in capsys.readouterr().out
 
 
 def test_a_quick_look_leaves_the_configs_as_they_are(tmp_path):

@@ -131,23 +131,36 @@ def _part(folder: Path, shard: int) -> Path:
     return folder / f"shard-{shard:05d}.array_record"
 
 
+def read_plan(folder: Path) -> dict[str, Any]:
+    """What a folder is being made of.
+
+    Raises:
+      UserError: it does not say so, or what it says is damaged.
+    """
+    path = folder / PLAN
+    try:
+        plan = json.loads(path.read_text())
+        if isinstance(plan, dict):
+            return plan
+        raise ValueError("it is no object")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error})") from error
+
+
 def check_plan(folder: Path, plan: dict[str, Any]) -> None:
     """Writes down what a folder is being made of, and refuses to go on with it otherwise.
 
     Raises:
       UserError: it is being made of something else, or the plan there is damaged.
     """
-    path = folder / PLAN
-    if not path.exists():
-        with atomic_path(path) as temporary:
+    if not (folder / PLAN).exists():
+        with atomic_path(folder / PLAN) as temporary:
             temporary.write_text(json.dumps(plan, indent=1) + "\n")
         return
     try:
-        there = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path} is damaged ({error}): delete {folder} and begin anew, or give another --out"
-        ) from error
+        there = read_plan(folder)
+    except UserError as error:
+        raise UserError(f"{error}: delete {folder} and begin anew, or give another --out") from error
     here = json.loads(json.dumps(plan))
     different = [key for key in {**there, **here} if there.get(key) != here.get(key)]
     if different:

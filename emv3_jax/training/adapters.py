@@ -39,12 +39,15 @@ def _is_chosen(path: str, pattern: str) -> bool:
 
 
 def merged(params: Any, adapters: Any, scale: float) -> Any:
-    """Parameters with scale·down·up added to every kernel that has an adapter; the others as they are."""
+    """Parameters with scale·down·up added to every kernel that has an adapter; the others as they are.
+
+    Merged kernels are float32, whatever they were: in bfloat16 a change of less than 0.2 % would be lost.
+    """
     flat = dict(traverse_util.flatten_dict(dict(params), sep="/"))
     for path, pair in pairs(adapters).items():
         kernel = flat[f"{path}/kernel"]
         change = jnp.einsum("...Dr,...rE->...DE", pair["down"], pair["up"])
-        flat[f"{path}/kernel"] = kernel + scale * change.astype(kernel.dtype)
+        flat[f"{path}/kernel"] = kernel.astype(jnp.float32) + scale * change
     return traverse_util.unflatten_dict(flat, sep="/")
 
 

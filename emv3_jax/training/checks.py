@@ -92,7 +92,10 @@ RUN: dict[str, Test] = {
     "motion_gain": NOT_NEGATIVE,
     "micro_batches": whole(0),
     "batches_ahead": whole(0),
-    "mesh": (lambda value: hasattr(value, "keys"), "a section"),
+    "mesh": (
+        lambda value: hasattr(value, "keys") and all(whole(0)[0](size) for size in value.values()),
+        "a section of whole numbers of 0 or more",
+    ),
 }
 VAE: dict[str, Test] = {"picture": whole(16), "l2_weight": NOT_NEGATIVE, "kl_weight": NOT_NEGATIVE}
 SECTION: Test = (lambda value: hasattr(value, "keys"), "a section")
@@ -184,7 +187,7 @@ def dit(cfg: Any, preset: Preset) -> list[str]:
     for section, read in (("sampling", lambda s: SamplingOptions(**s)), ("phda", PhDAConfig.from_config)):
         try:
             read(cfg[section])
-        except (UserError, TypeError) as error:
+        except (ValueError, TypeError) as error:
             wrong.append(f"config key {section}: {error}")
     words = "frames of 4k + 1 of at least 5, and how many clips"
     fits = lambda kind: _frames(kind[0]) and kind[0] >= 5  # noqa: E731

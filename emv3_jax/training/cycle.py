@@ -9,14 +9,14 @@ Every stage is an ordinary run in a folder of its own, which starts from the wei
     WORKDIR/weights          of the last stage
 
 The same command goes on wherever the cycle stopped. Where people review, it stops after the clips are made and says so.
-A stage for whose issue nothing was rejected is passed over; the next one starts from the weights of the one before.
+A stage for whose issue nothing was rejected is passed over; the next one starts from what it would have started from.
 """
 
 import json
 import pathlib
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -52,11 +52,11 @@ def train(cfg: Any, workdir: pathlib.Path) -> int:
     Raises:
       UserError: as the stages' recipes; what can be known before the first stage is told before it.
     """
-    started, stages, start = time.monotonic(), stage_configs(cfg, workdir), ""
+    started, stages = time.monotonic(), stage_configs(cfg, workdir)
     check(cfg, stages)
+    start, weights = (stages[0][1].init_from, stages[0][1].silent_audio), None
     for folder, stage in stages:
-        if start:
-            stage.init_from = start
+        stage.init_from, stage.silent_audio = start
         if not (folder / DONE).exists():
             if cfg.minutes:
                 left = cfg.minutes - (time.monotonic() - started) / 60
@@ -67,14 +67,14 @@ def train(cfg: Any, workdir: pathlib.Path) -> int:
             if (ended := _run(cfg.review, folder, stage)) is not None:
                 return ended
         if json.loads((folder / DONE).read_text())["steps"]:
-            start = str(folder / "weights")
-    if not start:
+            weights = folder / "weights"
+            start = str(weights), False
+    if weights is None:
         loop.say("every stage was passed over, so there are no weights")
         return 0
-    weights = workdir / "weights"
     if jax.process_index() == 0:
-        shutil.copytree(start, weights, copy_function=_copy, dirs_exist_ok=True)
-    loop.say(f"weights of the last stage: {weights}")
+        shutil.copytree(weights, workdir / "weights", copy_function=_copy, dirs_exist_ok=True)
+    loop.say(f"weights of the last stage: {workdir / 'weights'}")
     return 0
 
 
@@ -85,7 +85,7 @@ def _run(review: Any, folder: pathlib.Path, stage: Any) -> int | None:
     if stage.objective != SFT:
         if not _reviewed(review, stage, recipe):
             return 0
-        if not negatives.rejected(stage.negatives, stage.issue):
+        if not distributed.any_of(bool(negatives.rejected(stage.negatives, stage.issue))):
             what = f"for {stage.issue}" if stage.issue else "at all"
             loop.say(f"stage {folder.name} is passed over: no clip was rejected {what} in {stage.negatives}")
             _write_done(folder, 0)
@@ -122,14 +122,29 @@ def check(cfg: Any, stages: list[tuple[pathlib.Path, Any]]) -> None:
     wrong: dict[str, list[str]] = {}
     for folder, stage in stages:
         lines = recipes.problems(stage)
-        judged = stage.get("objective", SFT) != SFT and cfg.review.judge == negatives.METRICS
-        if judged and stage.get("issue") not in negatives.JUDGES:
-            judges = ", ".join(negatives.JUDGES)
-            lines.append(f"config key issue must be one of {judges} where measures judge, got {stage.get('issue')!r}")
+        if wrong_recipe := recipes.without_videos(stage):
+            lines.append(wrong_recipe)
+        if stage.get("objective", SFT) != SFT and cfg.review.judge == negatives.METRICS:
+            lines += _unmeasured(stage)
         for line in lines:
             wrong.setdefault(line, []).append(folder.name)
     if wrong:
         raise UserError("; ".join(f"{line} (in {' and '.join(names)})" for line, names in wrong.items()))
+
+
+def _unmeasured(stage: Any) -> list[str]:
+    """Why measures cannot judge a stage's clips, a line each, as far as it is known before they are made."""
+    lines = []
+    if stage.get("issue") not in tuple(negatives.JUDGES):
+        judges = ", ".join(negatives.JUDGES)
+        lines.append(f"config key issue must be one of {judges} where measures judge, got {stage.get('issue')!r}")
+    data = stage.get("data")
+    if isinstance(data, str) and (pathlib.Path(data) / builder.RECORD).is_file():  # if not, a stage says so
+        try:
+            negatives.check_puppets(builder.read_record(pathlib.Path(data)))
+        except UserError as error:
+            lines.append(str(error))
+    return lines
 
 
 def stage_configs(cfg: Any, workdir: pathlib.Path) -> list[tuple[pathlib.Path, Any]]:
@@ -140,17 +155,23 @@ def stage_configs(cfg: Any, workdir: pathlib.Path) -> list[tuple[pathlib.Path, A
     """
     if wrong := checks.table(cfg.get("review", {}), REVIEW):
         raise UserError("; ".join(f"{line} (section review)" for line in wrong))
+    if not isinstance(cfg.cycle, Sequence) or not cfg.cycle:
+        raise UserError(f"config key cycle must be one stage or more, got {cfg.cycle!r}")
     found: list[tuple[pathlib.Path, Any]] = []
     for number, changes in enumerate(cfg.cycle, 1):
         if not isinstance(changes, Mapping | ml_collections.ConfigDict) or "name" not in changes:
             raise UserError(f"config key cycle: stage {number} must be a section with a name, got {changes!r}")
         changes = dict(changes)
         stage = ml_collections.ConfigDict(cfg.to_dict())
-        with stage.unlocked():
+        with stage.unlocked(), stage.ignore_type():  # `check` says what types there must be
             folder = workdir / f"{number}_{changes.pop('name')}"
             if unknown := sorted(set(changes) - set(stage)):
                 raise UserError(f"config key cycle: stage {number} sets {unknown[0]!r}, which is no key of the config")
-            stage.update(changes)
+            for key, value in changes.items():
+                if isinstance(value, Mapping | ml_collections.ConfigDict):
+                    stage.update({key: value})  # a section's other keys stay
+                else:
+                    stage[key] = value
             if found:
                 stage.init_from, stage.silent_audio = str(found[-1][0] / "weights"), False
             if stage.get("objective", SFT) != SFT:
@@ -176,12 +197,14 @@ def _reviewed(review: Any, stage: Any, recipe: DiTRecipe) -> bool:
     elif (folder / builder.PLAN).exists():
         builder.check_plan(folder, plan)
     waiting = {row["id"] for row in verdicts.read_clips(folder)} - verdicts.read_verdicts(folder).keys()
-    if not waiting:
+    if not distributed.any_of(bool(waiting)):  # a person may be at it just now, so processes may see different things
         return True
     if review.judge == negatives.METRICS:
-        pipe = recipe.make_pipeline(pipeline.load_models(recipe.preset, stage.init_from, recipe.trained))
-        count = negatives.judge(pipe, folder, stage.issue, review.share)
-        loop.say(f"{count} clips rejected for {stage.issue}: {folder}")
+        if jax.process_index() == 0:
+            pipe = recipe.make_pipeline(pipeline.load_models(recipe.preset, stage.init_from, recipe.trained))
+            count = negatives.judge(pipe, folder, stage.issue, review.share)
+            loop.say(f"{count} clips rejected for {stage.issue}: {folder}")
+        distributed.wait()
         return True
     loop.say(
         f"{len(waiting)} clips wait to be reviewed: python -m emv3_jax.training.review {folder}; then give this command"

@@ -26,7 +26,7 @@ from emv3_jax.models import dit
 from emv3_jax.models.dit import Conditions, DiT
 from emv3_jax.options import SamplingOptions
 from emv3_jax.puppets import clips, evaluation
-from emv3_jax.training import adapters, distributed, losses, pictures, schedule, starts
+from emv3_jax.training import adapters, distributed, losses, negatives, pictures, schedule, starts
 from emv3_jax.training.losses import Mean
 
 SFT, PAIRED = "sft", "dpo"
@@ -111,7 +111,9 @@ class DiTRecipe:
         if self.cfg.objective == SFT:
             notes += self._plan.notes()
         else:
-            _ = self._negatives
+            longest = max(self._kind(step)[0] for step in range(1, self.cfg.steps + 1))
+            notes += self._negatives.notes(longest, self.preset)
+            notes += negatives.check_makers(self.cfg.negatives, self.preset, self.cfg.init_from, self.trained)
         if jax.process_index() == 0:
             for note in notes:
                 print(f"note: {note}", flush=True)
@@ -136,9 +138,7 @@ class DiTRecipe:
         return Plan(self.data.buckets, self.cfg.stages, self.cfg.steps, self.cfg.seed)
 
     @functools.cached_property
-    def _negatives(self) -> Any:
-        from emv3_jax.training import negatives
-
+    def _negatives(self) -> negatives.Negatives:
         return negatives.Negatives.read(self.cfg.negatives, self.cfg.issue)
 
     def _kind(self, step: int) -> tuple[int, int]:

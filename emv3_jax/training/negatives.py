@@ -27,7 +27,7 @@ from emv3_jax.data import builder, examples
 from emv3_jax.data.dataset import Dataset
 from emv3_jax.data.examples import Example
 from emv3_jax.errors import UserError
-from emv3_jax.files import PathLike, atomic_path
+from emv3_jax.files import PathLike, atomic_path, check_writable
 from emv3_jax.options import SamplingOptions
 from emv3_jax.puppets import clips, evaluation, metrics
 from emv3_jax.training import verdicts
@@ -46,7 +46,7 @@ JUDGES: dict[str, Callable[[dict[str, float]], float]] = {
 
 
 class Negatives:
-    """Examples that were rejected, by number.
+    """Examples that were rejected, by number. A batch is of one size, which is drawn as often as it has clips.
 
     Args:
       rows: rejected samples, with `true_latents` beside `latents`.
@@ -56,6 +56,10 @@ class Negatives:
 
     def __init__(self, rows: Sequence[Example], names: Sequence[str], ids: Sequence[str]):
         self.rows, self.names, self._ids = rows, names, ids
+        sizes: dict[tuple[int, ...], list[int]] = {}
+        for number, row in enumerate(rows):
+            sizes.setdefault(row["latents"].shape, []).append(number)
+        self._sizes = list(sizes.values())
 
     @classmethod
     def read(cls, folder: str, issue: str) -> "Negatives":
@@ -73,7 +77,9 @@ class Negatives:
         return cls(rows, [row["task"] for row in chosen], [row["id"] for row in chosen])
 
     def _picked(self, seed: int, step: int, size: int) -> np.ndarray:
-        return np.random.default_rng([seed, step, 0x4E]).choice(len(self.rows), size, replace=size > len(self.rows))
+        shares = np.array([len(some) for some in self._sizes]) / len(self.rows)
+        some = np.array(self._sizes[np.random.default_rng([seed, step, 0x51]).choice(len(shares), p=shares)])
+        return np.random.default_rng([seed, step, 0x4E]).choice(some, size, replace=size > len(some))
 
     def ids(self, seed: int, step: int, size: int) -> list[str]:
         """Of a step's batch."""
@@ -86,6 +92,16 @@ class Negatives:
         if paired:
             return [{**row, "latents": row[TRUE]} for row in rows] + rows, names * 2
         return rows, names
+
+    def notes(self, frames: int, preset: Preset) -> list[str]:
+        """A line where clips are shorter than `frames`, the longest batch: what was rejected is never left out."""
+        lengths = [preset.vae.video_frames(len(row["latents"])) for row in self.rows]
+        if not (short := [length for length in lengths if length < frames]):
+            return []
+        return [
+            f"{len(short)} of the {len(lengths)} rejected clips are shorter than the {frames} frames of a batch, down"
+            f" to {min(short)}: they are taken whole (config key stages)"
+        ]
 
 
 def rejected(folder: PathLike, issue: str) -> list[dict[str, Any]]:
@@ -125,16 +141,30 @@ def generate(
     return np.asarray(pipe.sample_latents(prepared, given, noise, options), np.float16)
 
 
-def puppet_of(name: str, frames: int) -> clips.Clip:
-    """The clip of a puppets' example by its identifier, SPLIT/NUMBER.
+def puppet_number(name: str) -> tuple[str, int]:
+    """Split and number of a puppets' example by its identifier, SPLIT/NUMBER.
 
     Raises:
       UserError: it is none.
     """
     split, _, number = name.partition("/")
     if split not in ("train", "heldout") or not number.isdecimal():
-        raise UserError(f"the clip {name!r} is no puppet, so no measure can judge it: let a person (--judge person)")
-    return clips.make_clip(split, int(number), frames)
+        raise UserError(
+            f"the clip {name!r} is no puppet, so no measure can judge it: let a person (--judge person, or config key"
+            " review.judge)"
+        )
+    return split, int(number)
+
+
+def puppet_of(name: str, frames: int) -> clips.Clip:
+    """The clip of a puppets' example; see `puppet_number`."""
+    return clips.make_clip(*puppet_number(name), frames)
+
+
+def check_puppets(record: dict[str, Any]) -> None:
+    """Raises UserError unless measures can judge all clips of a dataset (`builder.read_record`)."""
+    for name, *_ in record["clips"]:
+        puppet_number(name)
 
 
 def worst(scores: Sequence[dict[str, float]], issue: str, share: float) -> list[int]:
@@ -149,10 +179,43 @@ def plan_of(
     """What clips for review are made of; weights: hashes of the trained models (`weight_files.weight_hashes`)."""
     dataset = hashlib.sha256(json.dumps(data.record, sort_keys=True).encode()).hexdigest()
     return {
-        "format": FORMAT, "preset": preset.name, "dataset": dataset, "task": task, "seed": seed,
-        **{f"weights of {role}": value for role, value in weights.items()},
+        "format": FORMAT, "dataset": dataset, "task": task, "seed": seed, **_makers(preset, weights),
         **{f"sampling.{name}": value for name, value in dataclasses.asdict(options).items()},
     }  # fmt: skip
+
+
+def _makers(preset: Preset, weights: dict[str, str]) -> dict[str, str]:
+    """The part of a plan that says by what clips are made."""
+    return {"preset": preset.name, **{f"weights of {role}": value for role, value in weights.items()}}
+
+
+def check_makers(folder: PathLike, preset: Preset, weights: str, roles: Sequence[str]) -> list[str]:
+    """A note where the clips of a review folder are not those of the weights that are to unlearn them: what others made
+    may be what these would never make.
+
+    Args:
+      weights: the folder of the reference; roles: its trained models.
+    Raises:
+      UserError: the clips are of another preset, or their plan is damaged.
+    """
+    if not (pathlib.Path(folder) / builder.PLAN).exists():
+        return [f"{folder} has no {builder.PLAN}, so nothing says whether the weights in {weights} made its clips"]
+    try:
+        there = builder.read_plan(pathlib.Path(folder))
+    except UserError as error:
+        raise UserError(f"{error}: delete it if you know that the weights in {weights} made the clips") from error
+    if there.get("preset") != preset.name:
+        raise UserError(
+            f"the clips in {folder} are of the preset {there.get('preset')}, not of {preset.name}: give others (config"
+            " key negatives)"
+        )
+    here = _makers(preset, weight_files.weight_hashes(preset.name, weights, roles))
+    if others := [key.removeprefix("weights of ") for key, value in here.items() if there.get(key) != value]:
+        return [
+            f"the clips in {folder} were made by other weights of {' and '.join(others)} than those in {weights}, which"
+            " are to unlearn them (config keys negatives and init_from)"
+        ]
+    return []
 
 
 def sample(
@@ -250,11 +313,16 @@ def main(arguments: list[str]) -> int:
     options, cfg = command_line.parse(parser, arguments)
     if min(options.clips, options.batch) < 1 or not 0 < options.share <= 1:
         raise UserError("--clips and --batch must be 1 or more, --share above 0 and at most 1")
-    command_line.setup_compile_cache()
 
     from emv3_jax.training import recipes
 
     recipe = recipes.build(cfg)
+    if wrong := recipes.without_videos(cfg):
+        raise UserError(wrong)
+    check_writable(options.out / verdicts.CLIPS)
+    if options.judge == METRICS:
+        check_puppets(recipe.data.record)
+    command_line.setup_compile_cache()
     pipe = recipe.make_pipeline(pipeline.load_models(recipe.preset, options.weights, recipe.trained))
     sampling = SamplingOptions(**cfg.sampling)
     hashes = weight_files.weight_hashes(recipe.preset.name, options.weights, recipe.trained)

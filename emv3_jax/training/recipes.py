@@ -35,9 +35,16 @@ def problems(cfg: Any) -> list[str]:
     """
     if "recipe" not in cfg:
         raise UserError("this config has no key recipe, so it is not for training: give another, see configs/")
-    if cfg.recipe not in RECIPES:
+    if cfg.recipe not in tuple(RECIPES):  # compared, not hashed: it may be of any type
         raise UserError(f"config key recipe: {cfg.recipe!r} is none of {', '.join(sorted(RECIPES))}")
     return checks.run(cfg) + CHECKS[cfg.recipe](cfg, preset_of(cfg))
+
+
+def without_videos(cfg: Any) -> str:
+    """Why a config, whose recipe there is, cannot make videos for review; empty: it can."""
+    if RECIPES[cfg.recipe] is DiTRecipe:
+        return ""
+    return f"config key recipe: {cfg.recipe!r} makes no videos that could be reviewed: give a config of the recipe dit"
 
 
 def preset_of(cfg: Any) -> Preset:
@@ -46,8 +53,10 @@ def preset_of(cfg: Any) -> Preset:
     Raises:
       UserError: there is no such preset, or no such field.
     """
-    if cfg.get("preset") not in PRESETS:
+    if cfg.get("preset") not in tuple(PRESETS):  # compared, not hashed: it may be of any type
         raise UserError(f"config key preset: {cfg.get('preset')!r} is none of {', '.join(sorted(PRESETS))}")
+    if not checks.SECTION[0](cfg.get("model", {})):
+        raise UserError(f"config key model must be {checks.SECTION[1]}, got {cfg.model!r}")
     preset, changes = PRESETS[cfg.preset], dict(cfg.get("model", {}))
     fields = {field.name for field in dataclasses.fields(preset.dit)}
     if unknown := sorted(set(changes) - fields):

@@ -33,7 +33,9 @@ def silent(params: Any) -> Any:
 def on_base(params: Any, folder: pathlib.Path) -> Any:
     """Fresh parameters of the transformer -> those of the converted base model, and a silent audio branch.
 
-    The velocity is the base model's, whatever is heard (SPEC section 2, CDCA: audio is added to text and image).
+    The velocity is the base model's at the same weights of text and image, whatever is heard and however much that
+    counts (SPEC section 2, CDCA: audio is added to text and image). Without PhDA those weights are 1, as the base has
+    it; with PhDA that is so only where both count whole.
 
     Args:
       params: where the audio branch comes from.

@@ -1,12 +1,16 @@
 """Configs of impossible values: each is refused in words, all that is wrong is told at once, and good ones pass."""
 
+import json
 import pathlib
 
 import ml_collections
 import pytest
 
+from configs import full_cycle, sft_1b
+from configs import ndpo as ndpo_config
 from emv3_jax import command_line
 from emv3_jax.config import DEMO
+from emv3_jax.data import builder
 from emv3_jax.errors import UserError
 from emv3_jax.training import checks, cycle, recipes
 
@@ -213,6 +217,11 @@ def test_tasks_that_never_join_are_said():
         (1, {"issue": "colour"}, "lips, motion, identity, background where measures judge, got 'colour'"),
         (3, {"beta": 0.0}, "beta must be a number above 0"),
         (4, {"stages": ((160, ((33, 0),)),)}, "got (33, 0)"),
+        (1, {"steps": "many"}, "config key steps must be a whole number of 1 or more, got 'many'"),
+        (0, {"sampling": 5}, "config key sampling must be a section, got 5"),
+        (2, {"phda": {"jitter": "much"}}, "config key phda: could not convert string to float: 'much'"),
+        (2, {"mesh": {"data": "all"}}, "config key mesh must be a section of whole numbers of 0 or more, got"),
+        (2, {"recipe": "vae"}, "config key recipe: 'vae' makes no videos"),
     ],
 )
 def test_all_stages_of_a_cycle_are_checked_at_its_start(stage, changes, message, tmp_path):
@@ -224,6 +233,48 @@ def test_all_stages_of_a_cycle_are_checked_at_its_start(stage, changes, message,
         cycle.train(cfg, tmp_path / "run")
     assert message in str(info.value) and str(info.value).endswith(f"(in {name})")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "wide"}, "config key model must be a section, got 'wide'"),
+        ({"preset": ("demo",)}, r"config key preset: \('demo',\) is none of "),
+    ],
+)
+def test_a_model_of_the_wrong_type_is_told(changes, message):
+    with pytest.raises(UserError, match=message):
+        recipes.preset_of(config("dit", **changes))
+
+
+def test_a_cycle_is_one_stage_or_more():
+    cfg = command_line.load_config(CONFIGS / "puppet_full_cycle.py")
+    for value in ((), 3):
+        with cfg.unlocked(), cfg.ignore_type():
+            cfg.cycle = value
+        with pytest.raises(UserError, match="config key cycle must be one stage or more, got "):
+            cycle.stage_configs(cfg, pathlib.Path("x"))
+
+
+def test_measures_of_puppets_judge_no_films(tmp_path):
+    """Known as soon as there is a dataset."""
+    cfg = command_line.load_config(CONFIGS / "puppet_full_cycle.py", {"data": str(tmp_path)})
+    cycle.check(cfg, cycle.stage_configs(cfg, tmp_path))
+    record = {"format": builder.FORMAT, "preset": "demo", "clips": [["train/1", 33, 64, 64], ["a.mp4/0", 33, 64, 64]]}
+    (tmp_path / builder.RECORD).write_text(json.dumps(record))
+    with pytest.raises(UserError, match=r"'a.mp4/0' is no puppet, so no measure .* \(in 2_lips and 4_identity\)"):
+        cycle.check(cfg, cycle.stage_configs(cfg, tmp_path))
+
+
+def test_stages_that_unlearn_are_as_ndpo_py_says():
+    """But for what a cycle says itself: where they start and where their clips are."""
+    sft, ndpo = sft_1b.get_config().to_dict(), ndpo_config.get_config().to_dict()
+    wanted = {key: value for key, value in ndpo.items() if value != sft[key]}
+    for key in ("init_from", "silent_audio", "negatives"):
+        del wanted[key]
+    for stage in full_cycle.get_config().cycle:
+        if stage.get("objective"):
+            assert {key: stage.get(key) for key in wanted} == wanted
 
 
 def test_what_is_wrong_in_every_stage_is_told_once():

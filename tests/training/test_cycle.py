@@ -7,9 +7,9 @@ import jax
 import ml_collections
 import numpy as np
 import pytest
-from tiny_runs import arrays_equal, plan_of
+from tiny_runs import CONFIGS, arrays_equal, plan_of
 
-from emv3_jax import checkpoint
+from emv3_jax import checkpoint, command_line
 from emv3_jax.config import PRESETS
 from emv3_jax.errors import UserError
 from emv3_jax.options import SamplingOptions
@@ -111,6 +111,33 @@ def test_only_what_was_rejected_for_the_issue_is_unlearnt(review, make):
         negatives.Negatives.read(str(review), "colour")
 
 
+class Films:
+    """In place of a dataset: two clips of a film."""
+
+    record = {"clips": [["a.mp4/0", 33, 64, 64], ["a.mp4/33", 33, 64, 64]]}  # noqa: RUF012
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--config", "configs/demo_vae.py", "--out", "OUT/new"], "'vae' makes no videos that could be reviewed"),
+        (["--config", "configs/demo.py", "--out", "OUT/new"], "has no key recipe, so it is not for training"),
+        (["--config", "configs/puppet_sft.py", "--out", "OUT/file"], "lies under OUT/file, which is a file"),
+        (["--config", "configs/puppet_sft.py", "--out", "OUT/new", "--judge", "metrics"], "'a.mp4/0' is no puppet"),
+    ],
+)
+def test_what_cannot_be_made_or_judged_is_told_before_models_are_read(words, told, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(DiTRecipe, "data", Films)
+    monkeypatch.setattr(negatives.pipeline, "load_models", lambda *args: pytest.fail("models are read"))
+    monkeypatch.chdir(CONFIGS.parent)
+    words = [word.replace("OUT", str(tmp_path)) for word in words]
+    assert command_line.run_main(negatives.main, [*words, "--weights", str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert told.replace("OUT", str(tmp_path)) in line and line.startswith("error: ")
+    assert not any((tmp_path / "new").glob("*"))
+
+
 # Stages
 
 
@@ -148,13 +175,14 @@ class FakeRuns:
     """Stands in for the runs of a cycle's stages: notes where each starts and how long it may take, writes weights."""
 
     def __init__(self, monkeypatch):
-        self.seen, self.takes, self.now = [], 0.0, 0.0
+        self.seen, self.silent, self.takes, self.now = [], [], 0.0, 0.0
         monkeypatch.setattr(cycle.loop, "train", self.train)
         monkeypatch.setattr(cycle.time, "monotonic", lambda: self.now)
         monkeypatch.setattr(cycle, "_reviewed", lambda review, stage, recipe: True)
 
     def train(self, recipe, stage, folder) -> int:
         self.seen.append((folder.name, pathlib.Path(stage.init_from).parent.name, stage.minutes))
+        self.silent.append(stage.silent_audio)
         done = not stage.minutes or self.takes <= 60 * stage.minutes
         self.now += self.takes if done else 60 * stage.minutes
         (folder / "weights").mkdir(parents=True, exist_ok=True)
@@ -172,6 +200,57 @@ def test_a_stage_without_negatives_is_passed_over(cycle_config, tmp_path, capsys
     assert out.count(f"stage 2_lips is passed over: no clip was rejected for lips in {tmp_path}/2_lips/review") == 1
     assert [(name, start) for name, start, _ in runs.seen] == [("1_sft", ""), ("3_sft", "1_sft")]
     assert (tmp_path / "weights" / "which").read_text() == "3_sft"
+
+
+@pytest.mark.parametrize("silent", [True, False])
+def test_after_a_first_stage_that_is_passed_over_the_next_starts_where_it_would_have(
+    cycle_config, tmp_path, monkeypatch, silent
+):
+    runs, cfg = FakeRuns(monkeypatch), cycle_config
+    cfg.cycle, cfg.init_from, cfg.silent_audio = cfg.cycle[1:] + cfg.cycle[2:], "base/weights", silent
+    monkeypatch.setattr(negatives, "rejected", lambda folder, issue: [])
+    assert cycle.train(cfg, tmp_path) == 0
+    assert [(name, start) for name, start, _ in runs.seen] == [("2_sft", "base"), ("3_sft", "2_sft")]
+    assert runs.silent == [silent, False]
+
+
+@pytest.fixture
+def in_review(cycle_config, review, weights, tmp_path, monkeypatch):
+    """A cycle that begins with unlearning, whose clips are made and of which one is not judged; this is the second of
+    two processes."""
+    cfg = cycle_config
+    cfg.cycle, cfg.init_from = cfg.cycle[1:], str(weights)
+    folder = shutil.copytree(review, tmp_path / "1_lips" / "review")
+    (folder / "plan.json").unlink()
+    verdicts.add_verdict(folder, verdicts.read_clips(folder)[3]["id"], None)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    monkeypatch.setattr(cycle.loop, "train", lambda recipe, stage, folder: 15)
+    return cfg, folder
+
+
+def test_of_several_processes_one_judges(in_review, tmp_path, monkeypatch):
+    cfg, folder = in_review
+    cfg.review.judge = "metrics"
+    monkeypatch.setattr(negatives, "judge", lambda *args: pytest.fail("the second process judges"))
+    last, waited = verdicts.read_clips(folder)[3]["id"], []
+
+    def wait():
+        verdicts.add_verdict(folder, last, "reject", "lips", by="metrics")  # as the first process does
+        waited.append(True)
+
+    monkeypatch.setattr(cycle.distributed, "wait", wait)
+    assert cycle.train(cfg, tmp_path) == 15 and waited == [True]
+
+
+def test_several_processes_wait_for_a_person_together(in_review, tmp_path, monkeypatch):
+    """Here everything is judged by now, and another process saw that one clip was not; or what was rejected."""
+    cfg, folder = in_review
+    asked, others = [], iter([True, False, True])
+    monkeypatch.setattr(cycle.distributed, "any_of", lambda here: asked.append(here) or here or next(others))
+    verdicts.add_verdict(folder, verdicts.read_clips(folder)[3]["id"], "keep")
+    assert cycle.train(cfg, tmp_path) == 0 and asked == [False]
+    verdicts.add_verdict(folder, verdicts.read_clips(folder)[0]["id"], "keep")
+    assert cycle.train(cfg, tmp_path) == 15 and asked == [False, False, False]
 
 
 def test_the_minutes_are_those_of_the_whole_cycle(cycle_config, tmp_path, capsys, monkeypatch):

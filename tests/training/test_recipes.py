@@ -346,6 +346,87 @@ def test_parts_of_a_batch_of_pairs_hold_whole_pairs(make, weights, review):
             assert np.any(some[0] != some[1]) or some is modal
 
 
+@pytest.fixture
+def unlearn(make, weights, review):
+    """A recipe of a preference on the clips of a review folder, by default those of `review`."""
+
+    def unlearn(folder=review, **changes) -> DiTRecipe:
+        keys = {"init_from": str(weights), "negatives": str(folder), "objective": "ndpo", "stages": ((10, ((9, 4),)),)}
+        return make(**{**keys, **changes})
+
+    return unlearn
+
+
+def widened(row: dict) -> dict:
+    """An example of pictures half as wide again."""
+    grids = {name: value for name, value in row.items() if np.shape(value)[:3] == row["latents"].shape[:3]}
+    wide = {name: np.concatenate([value, value[:, :, :2]], axis=2) for name, value in grids.items()}
+    picture = np.concatenate([row["image"], row["image"][:, :16]], axis=1)
+    return {**row, **wide, "image": picture, "face_mask": np.resize(row["face_mask"], 6)}
+
+
+def test_negatives_of_several_sizes_are_unlearnt_a_size_at_a_time(unlearn, review):
+    """As often as there are clips of a size: one in four here, which is repeated in a batch of more."""
+    row = negatives.Negatives.read(str(review), "lips").rows[0]
+    some = negatives.Negatives([row, widened(row), row, row], ["i2v"] * 4, ["a", "wide", "b", "c"])
+    for objective in ("ndpo", "dpo"):
+        recipe, widths = unlearn(objective=objective), []
+        recipe.__dict__["_negatives"] = some
+        for step in range(1, 61):
+            ids, latents = recipe.ids(step), recipe.batch(step)["latents"]
+            assert len(latents) == recipe.batch_size(step) == len(ids) * (2 if objective == "dpo" else 1)
+            assert latents.shape[2] == latents.shape[3] + (0 if ids[0] != "wide" else -2)
+            assert ids == ["wide"] * 4 or set(ids) <= {"a", "b", "c"}
+            assert arrays_equal(recipe.batch(step, np.array([1]))["latents"], latents[1:2])
+            widths.append(latents.shape[3])
+        assert 5 < widths.count(6) < 25
+
+
+def test_negatives_are_cut_to_a_batch_or_taken_whole(unlearn, weights, review, tiny, monkeypatch, capsys):
+    monkeypatch.setitem(PRESETS, "tiny", tiny)
+    for frames, taken in ((5, 2), (9, 3), (13, 3)):
+        recipe = unlearn(stages=((5, ((5, 4),)), (10, ((frames, 4),))))
+        assert recipe.batch(7)["latents"].shape[1] == taken
+        recipe.open()
+        told = "2 of the 2 rejected clips are shorter than the 13 frames of a batch, down to 9: they are taken whole"
+        assert (told in capsys.readouterr().out) == (frames == 13)
+
+
+def test_clips_of_other_weights_than_those_that_unlearn_are_told(
+    unlearn, weights, review, tiny, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setitem(PRESETS, "tiny", tiny)
+    unlearn().open()
+    words = f"the clips in {review} were made by other weights of dit and text and image than those in {weights}, which"
+    assert f"note: {words} are to unlearn them" in capsys.readouterr().out
+    folder = shutil.copytree(review, tmp_path / "review")
+    hashes = weight_files.weight_hashes("tiny", weights, ("dit", "text", "image"))
+    own = {"preset": "tiny", **{f"weights of {role}": value for role, value in hashes.items()}}
+    for plan, said in (
+        (json.dumps(own), ""),
+        (json.dumps({**own, "weights of text": "0"}), "made by other weights of text than those in"),
+        (None, f"note: {folder} has no plan.json, so nothing says whether the weights in {weights} made its clips"),
+    ):
+        (folder / "plan.json").unlink()
+        if plan:
+            (folder / "plan.json").write_text(plan)
+        unlearn(folder).open()
+        out = capsys.readouterr().out
+        assert said in out and bool(said) == bool(out)
+        (folder / "plan.json").touch()
+    with pytest.raises(UserError, match=r"plan.json is damaged \(.*\): delete it if you know that the weights in"):
+        unlearn(folder).open()
+    (folder / "plan.json").write_text(json.dumps({**own, "preset": "flash"}))
+    with pytest.raises(UserError, match=f"the clips in {folder} are of the preset flash, not of tiny: give others"):
+        unlearn(folder).open()
+
+
+def test_a_reference_that_is_not_there_is_told(unlearn, tiny, tmp_path, monkeypatch):
+    monkeypatch.setitem(PRESETS, "tiny", tiny)
+    with pytest.raises(UserError, match=f"weights {tmp_path}/dit.safetensors does not exist"):
+        unlearn(init_from=str(tmp_path)).open()
+
+
 class Recording:
     """In place of a transformer: notes what it is asked for."""
 

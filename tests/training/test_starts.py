@@ -1,4 +1,5 @@
-"""A transformer that starts from one which hears nothing: its velocity is that one's, and its ears can learn."""
+"""A transformer that starts from one which hears nothing: its velocity is that one's wherever text and image count as
+they do there, and its ears can learn."""
 
 from pathlib import Path
 
@@ -9,9 +10,11 @@ import pytest
 from flax import traverse_util
 from safetensors.numpy import save_file
 
+from configs import sft_1b
 from convert import __main__ as command
 from convert import dit as dit_table
 from convert import engine, parity
+from emv3_jax.diffusion.phda import PhDAConfig
 from emv3_jax.errors import UserError
 from emv3_jax.models.dit import DiT
 from emv3_jax.training import starts
@@ -33,10 +36,12 @@ class Case:
         inputs = parity.dit_inputs(GOLDEN, f"dit_{name}_tiny", self.cfg)
         self.x, self.t, self.cond = inputs["x"], inputs["t"], inputs["cond"]
         model = DiT(self.cfg)
-        self._apply = jax.jit(lambda params, cond: model.apply({"params": params}, self.x, self.t, cond))
+        self._apply = jax.jit(lambda params, cond, modal: model.apply({"params": params}, self.x, self.t, cond, modal))
 
-    def velocity(self, params, **changes):
-        return np.asarray(self._apply(params, self.cond.replace(**changes)))
+    def velocity(self, params, modal=None, **changes):
+        """modal: weights of text, image and audio, [B, 3]."""
+        modal = np.ones((len(self.x), 3), np.float32) if modal is None else modal
+        return np.asarray(self._apply(params, self.cond.replace(**changes), modal))
 
     def unheard(self, params):
         """The velocity of text and picture alone."""
@@ -83,6 +88,19 @@ def test_on_a_base_the_first_velocity_is_the_base_models(case, base):
     for path in flat:
         source = fresh if starts.is_audio(path) and not path.startswith("cross_kv/audio/value") else whole
         np.testing.assert_array_equal(flat[path], source[path], err_msg=path)
+
+
+def test_under_phda_the_first_velocity_is_the_base_models_where_text_and_image_count_whole(case, base):
+    """With the phases of sft_1b.py: nothing is heard at any t, but late the image counts half."""
+    phda = PhDAConfig.from_config(sft_1b.get_config().phda)
+    started, base_model = starts.on_base(case.fresh, base), case.unheard(case.params)
+    for t, whole in ((1000.0, True), (334.0, True), (166.0, False)):
+        modal = np.asarray(phda(jnp.full(len(case.x), t)))
+        velocity = case.velocity(started, modal)
+        np.testing.assert_array_equal(case.velocity(started, modal, audio=3 - 5 * case.cond.audio), velocity)
+        assert np.array_equal(velocity, base_model) == whole, t
+        late = np.asarray([[1.0, 1.0 if whole else 0.5, 0.0]] * len(case.x), np.float32)
+        np.testing.assert_array_equal(velocity, case.velocity(case.params, late))
 
 
 def test_the_silent_branch_gets_a_gradient_in_every_layer(case):
