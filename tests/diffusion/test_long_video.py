@@ -175,6 +175,24 @@ def test_a_memory_that_did_not_change_is_not_written(tmp_path, monkeypatch):
     assert seen == [None, 0, 0, 2] and written == [0, 0]
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_numbers_that_are_not_finite_stop_at_their_step(tmp_path, bad):
+    grid = solvers.SAMPLERS["flow"].grid(3, 5.0)
+    solver = solvers.euler(grid)
+    store = new_store(tmp_path / "render", np.zeros((11, *SHAPE), np.float32), solver)
+
+    def predict(members, x, i, memory):
+        v = np.zeros_like(x)
+        v[-1, -1, 0, 0, 0] = bad if i == 1 and members == (2,) else 0.0
+        return v, None
+
+    with pytest.raises(
+        UserError, match="step 2 of 3 gave numbers that are not finite: start again with smaller .* float32"
+    ):
+        follow(predict, solver, grid, plan(11, 5, 2), store)
+    assert store.done == 1
+
+
 def test_a_folder_of_another_render_is_refused(tmp_path):
     folder, settings = tmp_path / "render", {"seed": 1, "prompt": "a", "sampling": {"steps": 3, "shift": 5.0}}
     claim(folder, settings)
