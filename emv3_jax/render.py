@@ -11,6 +11,7 @@ import functools
 import hashlib
 import itertools
 import pathlib
+import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -60,17 +61,23 @@ class Clip:
 
 
 def stream(
-    pipe: Any, ready: Ready, options: SamplingOptions, on_step: OnStep | None, folder: pathlib.Path, tell: Tell,
-    kept: bool,
-) -> Iterator[np.ndarray]:  # fmt: skip
-    """See `Pipeline.stream`, whose arguments these are; the folder is left to the caller.
-
-    kept: whether the folder may be one of an earlier run, to go on from; if not, its weights need not be told apart.
-    """
+    pipe: Any, ready: Ready, options: SamplingOptions, on_step: OnStep | None, folder: pathlib.Path | None, tell: Tell
+) -> Iterator[np.ndarray]:
+    """See `Pipeline.stream`, whose arguments these are."""
     check(ready, options, pipe.preset)
     ready = shortened(ready, options, pipe.preset)
-    if kept:
+    if folder is not None:
         claim(folder, settings_of(pipe, ready, options))
+    return _frames(pipe, ready, options, on_step, folder, tell)
+
+
+def _frames(
+    pipe: Any, ready: Ready, options: SamplingOptions, on_step: OnStep | None, folder: pathlib.Path | None, tell: Tell
+) -> Iterator[np.ndarray]:
+    if folder is None:
+        with tempfile.TemporaryDirectory(prefix="emv3_render_") as temporary:
+            yield from _frames(pipe, ready, options, on_step, pathlib.Path(temporary), tell)
+        return
     run = Run(pipe, ready, options, folder, tell)
     if chunks := chunk_lengths(ready, options, pipe.preset):
         tell(f"long video: {len(chunks)} chunks, form {options.long_video}, noise {options.noise_name}")

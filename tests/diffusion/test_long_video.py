@@ -1,5 +1,7 @@
 """Windows over a long latent, with a fake model whose answer can be worked out."""
 
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -205,6 +207,16 @@ def test_a_folder_of_another_render_is_refused(tmp_path):
     (folder / "settings.json").rename(folder / "given.f32")
     with pytest.raises(UserError, match="holds no settings.json, so whose it is cannot be told: remove it"):
         claim(folder, settings)
+
+
+def test_settings_that_cannot_be_written_leave_no_folder(tmp_path, monkeypatch):
+    def full(self, *args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pathlib.Path, "write_text", full)
+    with pytest.raises(UserError, match="settings.json could not be written: no space left on device"):
+        claim(tmp_path / "render", {})
+    assert not (tmp_path / "render").exists()
 
 
 def test_damaged_progress_is_told(tmp_path):
