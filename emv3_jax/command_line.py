@@ -8,6 +8,7 @@ import argparse
 import ast
 import difflib
 import importlib.util
+import io
 import os
 import signal
 import sys
@@ -30,8 +31,11 @@ def run_main(main: Callable[[list[str]], int | None], arguments: Sequence[str] |
     """Runs `main` on the command line's words (default: sys.argv[1:]) and returns the exit status.
 
     UserError: its message as one line on stderr, then its details, one a line; 2. Ctrl-C: one line, 130. SIGTERM
-    unwinds like an exception, so that files being written are removed: one line, 143.
+    unwinds like an exception, so that files being written are removed: one line, 143. What stdout cannot show, such as
+    bytes of a file's name that are not UTF-8, is escaped, as on stderr.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
     if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, _terminate)
     try:

@@ -17,3 +17,8 @@ class UserError(ValueError):
 
     def __str__(self) -> str:
         return "\n".join((self.message, *self.details))
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether JAX failed because a device has no memory left."""
+    return "RESOURCE_EXHAUSTED" in str(error)

@@ -36,7 +36,7 @@ def check_readable(path: PathLike, kind: str) -> Path:
 
     kind: what the file is to the user ("image", "recording"), for the message.
     """
-    path = Path(path)
+    path = _named(path, kind)
     try:
         status = path.stat()
         if stat.S_ISDIR(status.st_mode):
@@ -59,7 +59,7 @@ def check_writable(path: PathLike, suffixes: Sequence[str] = ()) -> Path:
     Creates missing parent directories. An existing file is left as it is. suffixes: the file name endings that are
     allowed (lower case, with the dot); none given allows any. Returns `path` as a Path.
     """
-    path = Path(path)
+    path = _named(path, "output")
     try:
         if path.is_dir():
             raise UserError(f"output {path} is a directory: name a file in it")
@@ -96,6 +96,14 @@ def atomic_path(path: PathLike) -> Iterator[Path]:
         raise UserError(f"output {path} could not be written: {reason(error)}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _named(path: PathLike, kind: str) -> Path:
+    """A path that a file can have; raises UserError for one that the system could not be asked for."""
+    with contextlib.suppress(UnicodeEncodeError):
+        if b"\0" not in os.fsencode(path):
+            return Path(path)
+    raise UserError(f"{kind} {os.fspath(path)!r} is no name that a file can have")
 
 
 def _temporary(path: Path) -> Path:

@@ -5,6 +5,7 @@ it was made; the same, but for times and memory, stands in the video's metadata.
 beside the video, from which --resume goes on, until the video and its record are in place.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -24,7 +25,7 @@ from emv3_jax import config, demo, manifest, media, render, sharding
 from emv3_jax.command_line import did_you_mean
 from emv3_jax.config import RATE, Preset
 from emv3_jax.diffusion.store import PROGRESS
-from emv3_jax.errors import UserError
+from emv3_jax.errors import UserError, out_of_memory
 from emv3_jax.layers import temporal_frequencies
 from emv3_jax.manifest import COLUMNS, Job
 from emv3_jax.options import OPEN, SamplingOptions
@@ -34,6 +35,10 @@ from emv3_jax.request import Ready, Request, read_request
 from emv3_jax.weight_files import weight_hashes
 
 NO_MATTER = ("sampling", "mesh", "low_memory")  # config keys that a record has elsewhere, or that change no video
+NO_MEMORY = (
+    "the device has too little memory: try --config.low_memory=true, --config.sampling.branches_together=false,"
+    " --config.sampling.windows_together=1, or a smaller picture"
+)
 KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 
 
@@ -194,32 +199,28 @@ class Renderer:
         }
 
     def render(self, job: Job, ready: Ready, options: SamplingOptions) -> None:
-        """Makes the job's files; says what it does and how long it took."""
-        out, folder = pathlib.Path(job.out), render_folder(pathlib.Path(job.out))
+        """Makes the job's files; says what it does and how long it took.
+
+        Raises:
+          UserError: the device has too little memory, at whatever stage; or see `Pipeline.stream`.
+        """
         clock = Clock()
-        pipe = self.pipe
-        clock.lap("weights read")
-        record = self._record(job, ready)
         try:
-            self._write(job, ready, options, pipe, clock, record)
-            took = clock.total
-            record |= {"seconds": clock.laps, "peak_memory_gb": peak_memory()}
-            with media.atomic_path(manifest.record_path(job)) as path:
-                path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        except BaseException:
-            _keep_or_remove(folder)
-            raise
-        shutil.rmtree(folder, ignore_errors=True)
-        made = f"{out} and {job.sheet}" if job.sheet else str(out)
+            self._make(job, ready, options, clock)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            raise UserError(NO_MEMORY) from error
+        made = f"{job.out} and {job.sheet}" if job.sheet else job.out
         fps, count = ready.output
-        print(f"wrote {made}: {count} frames, {count / fps:.2f} s of video, in {took:.1f} s")
+        print(f"wrote {made}: {count} frames, {count / fps:.2f} s of video, in {clock.total:.1f} s")
         print("  " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in clock.laps.items()))
         print("  peak memory " + ", ".join(f"{name} {size:.2f} GB" for name, size in peak_memory().items()))
 
-    def _write(
-        self, job: Job, ready: Ready, options: SamplingOptions, pipe: Pipeline, clock: "Clock", record: dict[str, Any]
-    ) -> None:
-        folder = render_folder(pathlib.Path(job.out))
+    def _make(self, job: Job, ready: Ready, options: SamplingOptions, clock: "Clock") -> None:
+        folder, pipe = render_folder(pathlib.Path(job.out)), self.pipe
+        clock.lap("weights read")
+        record = self._record(job, ready)
         # The chained form samples between the pictures, so the first bar stays until the end.
         with Bar("sampling", "step", options.steps) as bar:
 
@@ -228,9 +229,13 @@ class Renderer:
                 bar.show(done, total)
 
             pieces = pipe.stream(ready, options, on_step, folder, tell=lambda line: tqdm.write(f"note: {line}"))
-            first = next(pieces)
-            clock.lap("first frame")
-            self._write_video(job, ready, itertools.chain([first], pieces), first.shape[1:3], clock, record)
+            with _claimed(folder):
+                first = next(pieces)
+                clock.lap("first frame")
+                self._write_video(job, ready, itertools.chain([first], pieces), first.shape[1:3], clock, record)
+                record |= {"seconds": clock.laps, "peak_memory_gb": peak_memory()}
+                with media.atomic_path(manifest.record_path(job)) as path:
+                    path.write_text(_json(record, indent=1) + "\n", encoding="utf-8")
 
     def _write_video(
         self, job: Job, ready: Ready, pieces: Iterator[np.ndarray], size: tuple[int, ...], clock: "Clock",
@@ -243,7 +248,7 @@ class Renderer:
         wanted = set(media.sheet_frames(count))
         with media.VideoWriter(
             job.out, size[0], size[1], fps=fps, wave=sound, rate=rate, scale=1 if ready.video else self.cfg.enlarge,
-            comment=json.dumps(record, ensure_ascii=False),
+            comment=_json(record),
         ) as video, Bar("decoding", "frame", count) as bar:  # fmt: skip
             for piece in pieces:
                 shown |= {video.count + k: frame for k, frame in enumerate(piece) if video.count + k in wanted}
@@ -310,6 +315,22 @@ def _reason(error: Exception) -> str:
 def _file_hash(path: str) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _json(record: dict[str, Any], indent: int | None = None) -> str:
+    """JSON that can be written: bytes of a file's name that are not UTF-8 are escaped, and read again as they were."""
+    return json.dumps(record, indent=indent, ensure_ascii=False).encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+@contextlib.contextmanager
+def _claimed(folder: pathlib.Path) -> Iterator[None]:
+    """Around the work on a folder that is this render's own (`store.claim`), which goes when all is written."""
+    try:
+        yield
+    except BaseException:
+        _keep_or_remove(folder)
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _keep_or_remove(folder: pathlib.Path) -> None:

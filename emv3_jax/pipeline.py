@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import hashlib
 import pathlib
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -206,22 +205,22 @@ class Pipeline:
     ) -> Iterator[np.ndarray]:
         """Yields the video as it is decoded: [1 or 4, H, W, 3] uint8 at a time.
 
+        What cannot be made is refused at once, and the folder is claimed; the work begins with the first frame that is
+        asked for.
+
         Args:
           options: default: those of the preset (`SamplingOptions.for_preset`).
           folder: where the latents are kept; a render that was interrupted goes on from there, if it is asked for the
             same. It stays, to be removed once the frames are safe. Default: a temporary one, which does not.
           tell: is told what was decided before the first step, a line at a time.
+        Raises:
+          UserError: request and options do not go together, or the folder holds something else (`store.claim`).
         """
         from emv3_jax import render
 
         options = options or SamplingOptions.for_preset(self.preset.name)
         negative_notes(options, self.words)  # too long: say so before the work
-        if folder is not None:
-            yield from render.stream(self, ready, options, on_step, folder, tell, kept=True)
-            return
-        with tempfile.TemporaryDirectory(prefix="emv3_render_") as temporary:
-            folder = pathlib.Path(temporary) / "render"
-            yield from render.stream(self, ready, options, on_step, folder, tell, kept=False)
+        return render.stream(self, ready, options, on_step, folder, tell)
 
     def generate(
         self, request: Request, options: SamplingOptions | None = None, on_step: sampling.OnStep | None = None

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import itertools
 import pathlib
+import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -37,19 +38,21 @@ MEMORY_SHARE = 0.8  # of a device's free memory that batches of windows may take
 FEATHER = 1 / 8  # lip sync: this share of the mouth box fades into the video on every side, inside the box
 Tell = Callable[[str], None]
 Given = Callable[[int, int], np.ndarray]  # given(first, last) -> [last - first, h, w, 4 + 16]
+Noises = Callable[[int, int], np.ndarray]  # noises(first, last) -> numbers of the noises that they begin with
 
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
     """What is followed in one go: a whole video, or a chunk of one in the chained form.
 
-    features: [A, ...] of its sound. share: [P, T], how much each prompt counts. given: of a window. number: of the
-    chunk, from 0.
+    features: [A, ...] of its sound. share: [P, T], how much each prompt counts. given: of a window. noises: of some of
+    its latent frames. number: of the chunk, from 0.
     """
 
     features: np.ndarray
     share: np.ndarray
     given: Given
+    noises: Noises
     number: int = 0
 
     @property
@@ -58,17 +61,23 @@ class Clip:
 
 
 def stream(
-    pipe: Any, ready: Ready, options: SamplingOptions, on_step: OnStep | None, folder: pathlib.Path, tell: Tell,
-    kept: bool,
-) -> Iterator[np.ndarray]:  # fmt: skip
-    """See `Pipeline.stream`, whose arguments these are; the folder is left to the caller.
-
-    kept: whether the folder may be one of an earlier run, to go on from; if not, its weights need not be told apart.
-    """
+    pipe: Any, ready: Ready, options: SamplingOptions, on_step: OnStep | None, folder: pathlib.Path | None, tell: Tell
+) -> Iterator[np.ndarray]:
+    """See `Pipeline.stream`, whose arguments these are."""
     check(ready, options, pipe.preset)
     ready = shortened(ready, options, pipe.preset)
-    if kept:
+    if folder is not None:
         claim(folder, settings_of(pipe, ready, options))
+    return _frames(pipe, ready, options, on_step, folder, tell)
+
+
+def _frames(
+    pipe: Any, ready: Ready, options: SamplingOptions, on_step: OnStep | None, folder: pathlib.Path | None, tell: Tell
+) -> Iterator[np.ndarray]:
+    if folder is None:
+        with tempfile.TemporaryDirectory(prefix="emv3_render_") as temporary:
+            yield from _frames(pipe, ready, options, on_step, pathlib.Path(temporary), tell)
+        return
     run = Run(pipe, ready, options, folder, tell)
     if chunks := chunk_lengths(ready, options, pipe.preset):
         tell(f"long video: {len(chunks)} chunks, form {options.long_video}, noise {options.noise_name}")
@@ -87,10 +96,17 @@ def check(ready: Ready, options: SamplingOptions, preset: Preset) -> None:
     """Whether a request and options go together; before any work.
 
     Raises:
-      UserError: windows that cannot overlap so far, or a task or a length that the chained form does not take.
+      UserError: windows that cannot overlap so far, or of which one has nothing to make; or a task or a length that the
+        chained form, which has no windows, does not take.
     """
-    options.windows(preset.vae.latent_frames(ready.frames), preset.max_frames)
-    if options.long_video != "chained" or ready.frames <= (options.window or preset.max_frames):
+    if options.long_video != "chained":
+        windows = options.windows(preset.vae.latent_frames(ready.frames), preset.max_frames)
+        if min(windows.sizes) == 1 and ready.task in ("i2v", "flf2v"):
+            raise UserError(
+                "the last window is one given frame, with nothing to make: change overlap, window or frames"
+            )
+        return
+    if ready.frames <= (options.window or preset.max_frames):
         return
     if ready.task not in ("i2v", "t2v"):
         raise UserError(f"the chained form does not know the task {ready.task}: use long_video cfg")
@@ -171,17 +187,20 @@ class Run:
     def whole(self, windows: long_video.Windows) -> Clip:
         """The whole video as one clip, with what its windows are given."""
         given = self._given_by_pictures(windows) if self.ready.video is None else self._given_by_video()
-        return Clip(self.features, timeline.shares(self.ready.prompts, windows.total), given)
+        shares = timeline.shares(self.ready.prompts, windows.total)
+        return Clip(self.features, shares, given, self._noises(windows))
+
+    def _noises(self, windows: long_video.Windows, before: int = 0) -> Noises:
+        """before: latent frames that earlier chunks, as long as these windows, began with."""
+        return lambda a, b: self.options.noises(before + np.arange(a, b), windows, self.ready.seed)
 
     def follow(self, clip: Clip, windows: long_video.Windows, on_step: OnStep | None) -> Store:
         """Follows a clip's velocity to the end, from where its folder stands."""
         pipe, solver, form = self.pipe, self.options.solver, self.options.long_form
         shape = pipe.frame_shape(self.ready.size)
-        earlier = clip.number * self.vae.latent_frames(self.options.window or pipe.preset.max_frames)
 
         def start(first: int, last: int) -> tuple[np.ndarray, Any]:
-            numbers = self.options.noises(np.arange(first, last), windows, self.ready.seed)
-            x = pipe.noise_frames(self.ready.seed, earlier + numbers, self.ready.size)
+            x = pipe.noise_frames(self.ready.seed, clip.noises(first, last), self.ready.size)
             return np.asarray(x), solver.init(x)
 
         state = jax.eval_shape(solver.init, jax.ShapeDtypeStruct((1, *shape), jnp.float32))
@@ -249,7 +268,7 @@ class Run:
         self._velocity = None
         latents = (jnp.asarray(store.read_x(k, k + 1)[None]) for k in range(store.total))
         for piece in vae_model.decode_stream(self.pipe.vae, self.pipe.params["vae"], latents):
-            yield media.to_uint8(np.asarray(piece[0]))
+            yield media.to_uint8(long_video.finite(np.asarray(piece[0]), "decoding"))
 
     def chained(self, chunks: list[int], on_step: OnStep | None) -> Iterator[np.ndarray]:
         """The released default for long videos: chunks (`chunk_lengths`) of one window, each of which is given the last
@@ -287,9 +306,11 @@ class Run:
             video[: len(tail)] = scaled(np.stack(tail))
             mask = tasks.pixel_mask("continuation", length, *self.ready.size, given_frames=len(tail))
         given = np.asarray(self.pipe.given_latents(video[None], mask[None]))[0]
-        return Clip(
-            features, timeline.shares(tuple(spans), self.vae.latent_frames(length)), lambda a, b: given[a:b], number
-        )
+        # A chunk that is shorter, the last one, has the noises of the beginning of a whole one.
+        whole = self.vae.latent_frames(self.options.window or preset.max_frames)
+        noises = self._noises(long_video.Windows((0,), (whole,)), before=number * whole)
+        shares = timeline.shares(tuple(spans), self.vae.latent_frames(length))
+        return Clip(features, shares, lambda a, b: given[a:b], noises, number)
 
     def _given_by_pictures(self, windows: long_video.Windows) -> Given:
         """Every window is given the first frame, as in the released loop, and the last one also the last (flf2v)."""

@@ -281,6 +281,12 @@ def _read_video(request: Request) -> tuple[Any, np.ndarray, list[str]]:
         notes.append(f"video {request.video} has {video.fps:g} frames a second, the result {request.fps:g}")
     if (request.fps or video.fps) != FPS:
         notes.append(f"mouths are made {FPS} times a second: every frame of the result takes the nearest")
+    height, width = media.even_size(video.height, video.width)
+    if (height, width) != (video.height, video.width):
+        notes.append(
+            f"video {request.video} is {video.width}x{video.height}, the result {width}x{height}: H.264 has"
+            " even sides only, so an edge is repeated"
+        )
     return video, next(video.frames()), notes
 
 
@@ -329,11 +335,13 @@ def _read_sound(
     slack = 0  # samples
     if request.audio is None:
         slack = round(0.01 * RATE)  # a film's own tracks do not end at the same moment
-        track = video.track()
-        if track is None or not len(track[0]):
+        own = video.track()
+        if own is None or not len(own.samples):
             raise UserError(f"video {video.path} has no sound: say what is to be spoken with a recording")
-        wave, heard, more = media.mixed(track[0])
-        wave, track = media.resample(wave, track[1], RATE), (heard, track[1])
+        if own.cut:
+            notes.append(f"the sound of video {video.path} goes on after its last picture: the rest is cut off")
+        wave, heard, more = media.mixed(own.samples)
+        wave, track = media.resample(wave, own.rate, RATE), (heard, own.rate)
         more = [f"the sound of video {video.path} {note}" for note in more]
     elif isinstance(request.audio, str | os.PathLike):
         wave, more, track = media.load_recording(request.audio, RATE)

@@ -54,13 +54,15 @@ class WordTokenizer:
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Ids [B, length] int32 and mask [B, length] float32, 1 at words and at the end mark, 0 at padding.
 
-        An empty text is the end mark alone. Raises UserError for a text with more than `length - 1` words.
+        An empty text is the end mark alone. Raises UserError for a text with more than `length - 1` words, or one that
+        UTF-8 cannot write.
         """
         if isinstance(texts, str):
             raise TypeError("texts must be a sequence of strings, not one string")
         ids = np.full((len(texts), self.length), PADDING, np.int32)
         mask = np.zeros((len(texts), self.length), np.float32)
         for row, text in enumerate(texts):
+            _check_text(text)
             tokens = [self._ids.get(token, UNKNOWN) for token in self._tokens(text)] + [END]
             if len(tokens) > self.length:
                 raise UserError(
@@ -108,12 +110,14 @@ class UMT5Tokenizer:
         self.length = length
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Ids [B, length] int32 and mask [B, length] float32; raises UserError for a text that is too long."""
+        """Ids [B, length] int32 and mask [B, length] float32; raises UserError for a text that is too long or
+        that UTF-8 cannot write."""
         if isinstance(texts, str):
             raise TypeError("texts must be a sequence of strings, not one string")
         ids = np.full((len(texts), self.length), PADDING, np.int32)
         mask = np.zeros((len(texts), self.length), np.float32)
         for row, text in enumerate(texts):
+            _check_text(text)
             tokens = self._tokenizer(text, add_special_tokens=True, verbose=False)["input_ids"]
             if len(tokens) > self.length:
                 raise UserError(
@@ -127,6 +131,13 @@ class UMT5Tokenizer:
     def notes(self, text: str) -> list[str]:
         """Nothing: every text can be read."""
         return []
+
+
+def _check_text(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise UserError(f"the prompt {_shorten(text)!r} is not text in UTF-8: write it anew") from None
 
 
 def _shorten(text: str, width: int = 60) -> str:

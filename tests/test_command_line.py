@@ -1,5 +1,6 @@
 """Command lines: overrides land with the right type, and every mistake is one line and exit status 2."""
 
+import io
 import signal
 import subprocess
 import sys
@@ -43,6 +44,14 @@ def parse(config_file, *words):
 def run(config_file, *words):
     """What a script does, from words to exit status."""
     return command_line.run_main(lambda arguments: parse(config_file, *arguments) and None, words)
+
+
+def test_what_stdout_cannot_show_is_escaped(monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")  # strict, as in a terminal
+    monkeypatch.setattr(sys, "stdout", out)
+    assert command_line.run_main(lambda words: print(f"wrote {words[0]}"), ["caf\udce9.mp4"]) == 0
+    out.flush()
+    assert out.buffer.getvalue() == b"wrote caf\\udce9.mp4\n"
 
 
 def test_options_and_config_without_overrides(config_file):

@@ -62,7 +62,7 @@ def test_rows_are_made_skipped_and_reported(files, capsys):
         "row 7 of 13 (line 7): output f.avi must end in .mp4",
         "row 8 of 13 (line 8): the row has no out",
         "row 9 of 13 (line 9): the prompt is empty",
-        "row 10 of 13 (line 10): ValueError: ",
+        "row 10 of 13 (line 10): image 'nul\\x00.png' is no name that a file can have",
         "row 11 of 13 (line 11): steps must be a whole number, got True",
         "row 12 of 13 (line 12): the task i2v takes no fps",
         "row 13 of 13 (line 13): output a.mp4 is also an output of line 2: choose another name",

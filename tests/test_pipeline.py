@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 import shutil
+import tempfile
 
 import jax
 import numpy as np
@@ -40,7 +41,7 @@ def frames(tiny_pipeline) -> np.ndarray:
 
 
 def test_frames_come_as_they_are_decoded(tiny_pipeline, tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     steps = []
     ready = read_request(request(frames=9), tiny)
     pieces = list(tiny_pipeline.stream(ready, GUIDED, on_step=lambda done, total: steps.append((done, total))))

@@ -80,6 +80,31 @@ def test_a_long_video_begins_with_the_noise_of_its_form(tiny_pipeline, change, n
     np.testing.assert_array_equal(store.read_x(0, 10), noise[list(numbers)])
 
 
+@pytest.mark.parametrize(
+    ("noise", "numbers"),
+    [
+        ("", [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]]),
+        ("repeated", [[0, 1, 2, 3], [0, 1, 2, 3], [0, 1, 2]]),
+        ("shuffled", long_video.shuffled_noise(np.arange(12), 4, 0).reshape(3, 4).tolist()),
+    ],
+)
+def test_chunks_begin_with_the_noise_that_is_asked_for(tiny_pipeline, noise, numbers, tmp_path, monkeypatch):
+    """Chunks of 4 latent frames, the last of 3."""
+    begun: list = []
+    monkeypatch.setattr(
+        Pipeline,
+        "noise_frames",
+        lambda self, seed, some, size: (begun.append(list(some)), np.zeros((len(some), 4, 4, 16)))[1],
+    )
+    monkeypatch.setattr(long_video, "follow", lambda *args: None)
+    monkeypatch.setattr(render.Run, "decode", lambda self, store: iter([np.zeros((13, 32, 32, 3), np.uint8)]))
+    options = dataclasses.replace(OPTIONS, long_video="chained", window=13, noise=noise)
+    run = render.Run(tiny_pipeline, read_request(ask(21), tiny_pipeline.preset), options, tmp_path / "render")
+    assert len(list(run.chained([13, 13, 9], None))) == 21
+    assert begun == [some[: len(got)] for some, got in zip(numbers, begun, strict=True)]
+    assert [len(got) for got in begun] == [4, 4, 3]
+
+
 def test_the_voice_reaches_its_own_frames_of_a_long_video(tiny_pipeline):
     """Another sound in the last half second changes the end and leaves the beginning as it is."""
     options = dataclasses.replace(OPTIONS, window=9)
@@ -313,6 +338,44 @@ def test_a_mesh_takes_a_window_a_shard(tiny_pipeline, tmp_path, monkeypatch):
     windows = options.windows(11, 13)
     spans = list(zip(windows.starts, windows.ends, strict=True))
     assert run._windows_together(run.whole(windows), spans, 1) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "frames", "message"),
+    [
+        ({"window": 9, "overlap": 8, "long_video": "cfg"}, 13, "windows of 3 latent frames cannot overlap by 8"),
+        ({"window": 9, "overlap": 8, "long_video": "chained"}, 13, ""),  # which has no overlap
+        ({"window": 5, "long_video": "chained"}, 13, "hands on 8 frames: window must be longer, got 5"),
+        ({"window": 5, "overlap": 0, "long_video": "released"}, 9, "the last window is one given frame"),
+        ({"window": 5, "overlap": 0, "long_video": "released"}, 13, ""),
+        ({"window": 5, "overlap": 0, "long_video": "none"}, 9, ""),
+    ],
+    ids=str,
+)
+def test_options_that_do_not_fit_the_length_are_told_before_any_work(tiny, change, frames, message):
+    ready, options = read_request(ask(frames), tiny), dataclasses.replace(OPTIONS, **change)
+    if not message:
+        render.check(ready, options, tiny)
+        return
+    with pytest.raises(UserError, match=message):
+        render.check(ready, options, tiny)
+
+
+def test_a_window_of_one_frame_that_is_not_given_is_made(tiny):
+    options = dataclasses.replace(OPTIONS, window=5, overlap=0, long_video="released")
+    render.check(read_request(ask(9, task="t2v", image=None), tiny), options, tiny)
+
+
+def test_pictures_that_are_not_finite_are_no_black_video(tiny_pipeline, monkeypatch):
+    run = render.Run.__new__(render.Run)
+    run.pipe = tiny_pipeline
+    monkeypatch.setattr(render.vae_model, "decode_stream", lambda *args: [jnp.full((1, 1, 32, 32, 3), jnp.nan)])
+
+    class Latents:
+        total = 0
+
+    with pytest.raises(UserError, match="decoding gave numbers that are not finite: start again with smaller"):
+        list(run.decode(Latents()))
 
 
 @pytest.mark.parametrize(

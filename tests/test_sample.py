@@ -4,11 +4,13 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 import time
 
 import av
+import jax
 import numpy as np
 import pytest
 import soundfile
@@ -185,6 +187,8 @@ def test_a_video_and_a_sheet_are_made(tiny_words, files, monkeypatch, capsys):
     assert media.load_image(files / "sheet.png")[0].size > 0
     assert record["config"]["match_colours"] is False
     plain = frames
+    strange = "caf\udce9.png"  # a name whose bytes are not UTF-8
+    shutil.copy(files / "good.png", files / strange)
 
     def sheet(*arguments):
         assert (files / "talk.mp4").exists() and not (files / "talk.json").exists()  # never the old one beside the new
@@ -192,8 +196,11 @@ def test_a_video_and_a_sheet_are_made(tiny_words, files, monkeypatch, capsys):
 
     contact_sheet = media.contact_sheet
     monkeypatch.setattr(media, "contact_sheet", sheet)
-    assert command_line.run_main(sample.main, [*tiny_words, "--config.match_colours=true"]) == 0
-    assert json.loads((files / "talk.json").read_text())["config"]["match_colours"] is True
+    assert command_line.run_main(sample.main, [*tiny_words, "--config.match_colours=true", f"--image={strange}"]) == 0
+    record = json.loads((files / "talk.json").read_text())
+    assert record["config"]["match_colours"] is True and record["job"]["image"] == strange
+    with av.open(str(files / "talk.mp4")) as container:
+        assert json.loads(container.metadata["comment"])["job"]["image"] == strange
     frames, _, _ = media.read_video(files / "talk.mp4")
     assert np.abs(frames[1:].astype(int) - plain[1:]).max() > 10
 
@@ -242,6 +249,44 @@ def test_what_breaks_off_leaves_nothing(tiny_words, files, monkeypatch, capsys, 
         progress.write_text(content)
     assert command_line.run_main(sample.main, [*tiny_words, "--resume"]) == 0
     assert (files / "talk.mp4").exists() and (files / "talk.json").exists() and not kept.exists()
+
+
+def test_a_folder_that_is_not_the_renders_own_is_left_as_it_is(tiny_words, tiny_pipeline, files, monkeypatch, capsys):
+    """Neither files of a user, nor the beginning of another render."""
+    monkeypatch.setattr(jobs, "load_pipeline", lambda *args, **kwargs: tiny_pipeline)
+    folder = files / "talk.mp4.render"
+    folder.mkdir()
+    for name, message in (("precious.txt", "holds no settings.json"), ("settings.json", "a render with another")):
+        (folder / name).write_text('{"seed": 5}')
+        before = sorted(files.rglob("*"))
+        assert command_line.run_main(sample.main, [*tiny_words, "--resume"]) == 2
+        assert message in capsys.readouterr().err
+        assert sorted(files.rglob("*")) == before
+
+
+@pytest.mark.parametrize("stage", ["load_pipeline", "stream"])
+def test_too_little_memory_is_told_with_what_needs_less(tiny_words, tiny_pipeline, files, monkeypatch, capsys, stage):
+    def fails(*args, **kwargs):
+        raise jax.errors.JaxRuntimeError(message)
+
+    def frames(*args, **kwargs):
+        yield fails()
+
+    monkeypatch.setattr(jobs, "load_pipeline", lambda *args, **kwargs: tiny_pipeline)
+    if stage == "stream":
+        monkeypatch.setattr(pipeline.Pipeline, "stream", frames)
+    else:
+        monkeypatch.setattr(jobs, "load_pipeline", fails)
+    before, message = sorted(files.rglob("*")), "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 99 bytes."
+    assert command_line.run_main(sample.main, tiny_words) == 2
+    assert capsys.readouterr().err.endswith(
+        "error: the device has too little memory: try --config.low_memory=true, --config.sampling.branches_together="
+        "false, --config.sampling.windows_together=1, or a smaller picture\n"
+    )
+    assert sorted(files.rglob("*")) == before
+    message = "INTERNAL: something else"
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        command_line.run_main(sample.main, tiny_words)
 
 
 def test_output_in_a_folder_that_cannot_be_written(files, monkeypatch, capsys):

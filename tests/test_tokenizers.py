@@ -50,6 +50,11 @@ def test_longest_prompt_fits_and_one_more_word_is_refused(tokenizer):
         tokenizer.encode(["fine", "the " * 8])
 
 
+def test_a_text_that_utf8_cannot_write_is_refused(tokenizer):
+    with pytest.raises(UserError, match=r"the prompt 'caf\\udce9 nods' is not text in UTF-8: write it anew"):
+        tokenizer.encode(["fine", "caf\udce9 nods"])
+
+
 @pytest.mark.parametrize("words", [("slow zoom",), ("half-smile",), ("Nods",), ("",)])
 def test_vocabulary_of_single_lower_case_words_only(words):
     with pytest.raises(ValueError, match="not single lower-case words"):

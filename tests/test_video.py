@@ -105,17 +105,17 @@ def test_sound_keeps_its_place_beside_a_late_picture(tmp_path):
     loud = np.zeros((3 * RATE, 1), np.float32)
     loud[RATE : RATE + 800] = 0.5 * np.sin(np.arange(800) * 0.5)[:, None]
     path = write_film(tmp_path / "a.mkv", 0.5 + np.arange(50) / 25, sound=loud)
-    samples, rate = VideoSource(path).track()
+    samples, rate = VideoSource(path).track()[:2]
     assert rate == RATE and abs(int(np.abs(samples[:, 0]).argmax()) / RATE - 0.525) < 0.05
     late = write_film(tmp_path / "b.mkv", np.arange(50) / 25, sound=loud[: 2 * RATE], first=0.4)
-    samples, _ = VideoSource(late).track()
+    samples = VideoSource(late).track().samples
     assert abs(int(np.abs(samples[:, 0]).argmax()) / RATE - 1.425) < 0.05 and not samples[: RATE // 4].any()
 
 
 def test_sound_far_before_the_picture_is_not_the_films_length(tmp_path):
     sound = np.repeat(np.linspace(0, 0.5, 5 * RATE, dtype=np.float32)[:, None], 1, axis=1)
     path = write_film(tmp_path / "a.mkv", 3 + np.arange(50) / 25, sound=sound)
-    samples, rate = VideoSource(path).track()
+    samples, rate = VideoSource(path).track()[:2]
     assert len(samples) / rate == pytest.approx(2.0, abs=0.05)
 
 
@@ -162,6 +162,24 @@ def test_surround_sound_is_averaged_and_noted(tmp_path, tiny):
         assert ready.track[0].shape[1] == channels and np.abs(ready.wave).max() > 0.04
 
 
+def test_what_lip_sync_changes_of_the_film_itself_is_told(tmp_path, tiny):
+    """Sides that are odd, and sound after the last picture."""
+    sound = np.repeat(np.linspace(0, 0.5, 5 * RATE, dtype=np.float32)[:, None], 1, axis=1)
+    times = np.arange(25) / 25
+    asked = Request(mouth=(0, 32, 16, 48), prompt="A puppet nods.", task="lipsync")
+    said = {}
+    for name, seconds, ratio in (("long", 5.0, 1), ("odd", 1.05, Fraction(4, 3))):
+        film = write_film(
+            tmp_path / f"{name}.mp4", times, size=(64, 64), sound=sound[: int(seconds * RATE)], ratio=ratio
+        )
+        said[name] = read_request(dataclasses.replace(asked, video=film), tiny).notes
+    long, odd = (f"video {tmp_path / name}.mp4" for name in said)
+    cut = "goes on after its last picture: the rest is cut off"
+    even = "is 85x64, the result 86x64: H.264 has even sides only, so an edge is repeated"
+    assert f"the sound of {long} {cut}" in said["long"] and f"{odd} {even}" in said["odd"]
+    assert not any("85x64" in note for note in said["long"]) and not any(cut in note for note in said["odd"])
+
+
 # Video files
 
 
@@ -175,7 +193,7 @@ def test_a_video_is_read_frame_by_frame(filmed):
     for k, frame in enumerate(at_25):
         np.testing.assert_array_equal(frame, frames[min(round(k * 20 / 25), 19)])
     track = source.track()
-    assert track is not None and track[1] == RATE and track[0].shape == (RATE, 1)
+    assert track is not None and track.rate == RATE and track.samples.shape == (RATE, 1) and not track.cut
 
 
 def test_the_sound_of_the_video_is_the_sound_that_was_given(tmp_path, tiny):
@@ -187,7 +205,7 @@ def test_the_sound_of_the_video_is_the_sound_that_was_given(tmp_path, tiny):
     assert samples.shape == (44100, 2) and rate == 44100 and ready.wave.shape == (21 * 640,)
     with media.VideoWriter(tmp_path / "a.mp4", 16, 16, wave=samples, rate=rate) as writer:
         writer.write(np.zeros((21, 16, 16, 3), np.uint8))
-    again, rate = media.VideoSource(tmp_path / "a.mp4").track()
+    again, rate = media.VideoSource(tmp_path / "a.mp4").track()[:2]
     assert rate == 44100 and again.shape[1] == 2
     for channel, wave in enumerate((left, right)):
         assert np.corrcoef(again[5000:30000, channel], wave[5000:30000])[0, 1] > 0.95

@@ -269,7 +269,7 @@ class _Footage:
     def wave(self) -> np.ndarray | None:
         """[n] at RATE; None: it has no sound track. Channels that cancel each other out give way to one of them."""
         track = self.source.track()
-        return None if track is None else media.resample(media.mixed(track[0])[0], track[1], RATE)
+        return None if track is None else media.resample(media.mixed(track.samples)[0], track.rate, RATE)
 
 
 def _length(source: media.VideoSource) -> int:

@@ -39,6 +39,7 @@ Blend = Callable[["Windows", int], list[np.ndarray]]
 # predict(numbers of windows of one size, x [G, S, h, w, C], step, memory) -> (velocities like x, memory).
 # A memory is an array [R, G, ...], or None: before the first step, and where a step leaves it as it was.
 Predict = Callable[[tuple[int, ...], np.ndarray, int, Any], tuple[jax.Array, Any]]
+CURES = "smaller guidance scales (audio_scale, text_scale), or in float32 (--config.dtype=float32)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,6 +179,8 @@ def follow(
       blend: weights [S] of each window at a step.
       group: how many windows are predicted together.
       on_step: called as on_step(steps done, steps in all).
+    Raises:
+      UserError: a velocity is not finite; the step that it belongs to is not done.
     """
     for i in range(store.done, grid.steps):
         weights = blend(windows, i)
@@ -188,7 +191,8 @@ def follow(
                 x = np.stack([store.read_x(windows.starts[k], windows.ends[k]) for k in padded])
                 v, memory = predict(padded, x, i, _recall(store, padded))
                 _remember(store, members, memory)
-                for k, velocity in zip(members, np.asarray(v), strict=False):
+                velocities = finite(np.asarray(v), f"step {i + 1} of {grid.steps}")
+                for k, velocity in zip(members, velocities, strict=False):
                     frames[: len(velocity)] += weights[k].reshape(-1, *(1,) * len(store.frame_shape)) * velocity
                     first, last = windows.finished(k)
                     x_old, state = store.read_x(first, last), store.read_state(first, last)
@@ -196,6 +200,13 @@ def follow(
                     frames = np.concatenate([frames[last - first :], np.zeros_like(frames[: last - first])])
         if on_step:
             on_step(i + 1, grid.steps)
+
+
+def finite(values: np.ndarray, what: str) -> np.ndarray:
+    """The values of a step, say, as they are. Raises UserError if one is infinite or no number."""
+    if not np.isfinite(values).all():
+        raise UserError(f"{what} gave numbers that are not finite: start again with {CURES}")
+    return values
 
 
 def _recall(store: Store, members: tuple[int, ...]) -> np.ndarray | None:

@@ -37,9 +37,12 @@ def claim(folder: pathlib.Path, settings: dict[str, Any]) -> None:
     path, wanted = folder / SETTINGS, json.loads(json.dumps(settings))
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if not any(folder.iterdir()):
-            with atomic_path(path) as temporary:
-                temporary.write_text(json.dumps(wanted, indent=1))
+        empty = not any(folder.iterdir())
+    except OSError as error:
+        raise UserError(f"the render folder {folder} cannot be used: {reason(error)}") from None
+    if empty:
+        _write_settings(path, wanted)
+    try:
         found = json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{folder} holds no {SETTINGS}, so whose it is cannot be told: remove it") from None
@@ -49,6 +52,17 @@ def claim(folder: pathlib.Path, settings: dict[str, Any]) -> None:
         raise UserError(f"{path} is damaged: remove the folder {folder} and start the render again") from None
     if names := _differences(found, wanted):
         raise UserError(f"{folder} belongs to a render with another {', '.join(names)}: remove it, or ask for the same")
+
+
+def _write_settings(path: pathlib.Path, settings: dict[str, Any]) -> None:
+    """Writes them, or leaves no folder: an empty one would look like a render's."""
+    try:
+        with atomic_path(path) as temporary:
+            temporary.write_text(json.dumps(settings, indent=1))
+    except BaseException:
+        with contextlib.suppress(OSError):
+            path.parent.rmdir()
+        raise
 
 
 def _differences(a: Any, b: Any, name: str = "") -> list[str]:

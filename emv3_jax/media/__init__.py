@@ -7,7 +7,7 @@ from emv3_jax.media.face_box import load_face_box
 from emv3_jax.media.face_detector import choose_face, detect_faces
 from emv3_jax.media.image import check_image, cut_and_scale, fit_image, load_image, to_uint8
 from emv3_jax.media.sheet import contact_sheet, sheet_frames
-from emv3_jax.media.video import VideoSource, VideoWriter, read_video, shown_at
+from emv3_jax.media.video import VideoSource, VideoWriter, even_size, read_video, shown_at
 
 __all__ = [
     "VideoSource",
@@ -21,6 +21,7 @@ __all__ = [
     "contact_sheet",
     "cut_and_scale",
     "detect_faces",
+    "even_size",
     "fit_image",
     "load_audio",
     "load_face_box",

@@ -122,7 +122,12 @@ def _to_full_scale(wave: np.ndarray) -> tuple[np.ndarray, str | None]:
 def _decode(path: Path, max_seconds: float | None) -> Sound:
     # What libsndfile cannot read FFmpeg may know. (TypeError: a name in .raw, which says nothing of what is inside.)
     # MP3 always goes there: without a header libsndfile guesses the length, and leaves out what lies beyond.
-    with contextlib.suppress(soundfile.LibsndfileError, TypeError), soundfile.SoundFile(path) as file:
+    # It is given an open file, for it takes no name that is not UTF-8.
+    with (
+        contextlib.suppress(soundfile.LibsndfileError, TypeError),
+        path.open("rb") as raw,
+        soundfile.SoundFile(raw) as file,
+    ):
         if file.format != "MP3" and file.frames < UNKNOWN_LENGTH:
             return _read(file, path, max_seconds)
     try:

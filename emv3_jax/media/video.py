@@ -14,7 +14,7 @@ from PIL import Image
 
 from emv3_jax.errors import UserError
 from emv3_jax.files import PathLike, atomic_path, check_readable
-from emv3_jax.media.audio import Sound, decode_sound, mixed, open_media, resample
+from emv3_jax.media.audio import SLACK, Sound, decode_sound, mixed, open_media, resample
 
 # Rates that AAC knows; sound at any other is converted to the last of them.
 LAYOUTS = {1: "mono", 2: "stereo"}
@@ -61,8 +61,8 @@ class VideoWriter:
         self.height, self.width = height, width
         self.fps = Fraction(fps).limit_denominator(1001)
         self.count = 0  # frames written so far
-        # H.264 in yuv420p has even sides only. An enlarged picture is resized to them, another is padded by its edge.
-        self._resized = (_even(width * scale), _even(height * scale)) if scale != 1 else None
+        # An enlarged picture is resized to the size of the file, another is padded by its edge.
+        self._size, self._resized = even_size(height * scale, width * scale), scale != 1
         self._wave = wave[:, None] if wave is not None and wave.ndim == 1 else wave
         self._rate = rate
         self._crf = crf
@@ -109,8 +109,7 @@ class VideoWriter:
     def _add_picture(self) -> av.VideoStream:
         options = {"crf": str(self._crf), "preset": "medium"}
         stream = self._container.add_stream("libx264", rate=self.fps, options=options)
-        width, height = self._resized or (_even(self.width), _even(self.height))
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        (stream.height, stream.width), stream.pix_fmt = self._size, "yuv420p"
         stream.codec_context.gop_size = round(2 * self.fps)  # a key frame every two seconds, to jump about quickly
         stream.codec_context.color_range = ColorRange.MPEG
         stream.codec_context.colorspace = Colorspace.ITU709
@@ -128,7 +127,7 @@ class VideoWriter:
 
     def _write_frame(self, frame: np.ndarray) -> None:
         if self._resized:
-            frame = np.asarray(Image.fromarray(frame).resize(self._resized, Image.Resampling.LANCZOS))
+            frame = np.asarray(Image.fromarray(frame).resize(self._size[::-1], Image.Resampling.LANCZOS))
         elif self.height % 2 or self.width % 2:
             frame = np.pad(frame, ((0, self.height % 2), (0, self.width % 2), (0, 0)), mode="edge")
         picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24").reformat(
@@ -217,8 +216,8 @@ class VideoSource:
         if done < len(wanted):
             raise UserError(f"video {self.path} has changed while it was read: start again")
 
-    def track(self) -> tuple[np.ndarray, int] | None:
-        """The sound, float32 [n, channels] in [-1, 1] from the first frame to the last, and its rate, or None."""
+    def track(self) -> Sound | None:
+        """The sound in [-1, 1] from the first frame to the end of the last, or None; cut: it went on after that."""
         with self._open() as (container, _):
             # The two tracks need not start together.
             starts = [float((s.start_time or 0) * (s.time_base or 0)) for s in container.streams.audio]
@@ -228,7 +227,7 @@ class VideoSource:
             raise UserError(f"the sound of video {self.path} is cut off or damaged: save or download it again")
         if sound is not None and not np.isfinite(sound.samples).all():
             raise UserError(f"the sound of video {self.path} holds samples that are not numbers: export it again")
-        return None if sound is None else (_aligned(sound, self._start, self.seconds), sound.rate)
+        return None if sound is None else _aligned(sound, self._start, self.seconds)
 
     def _decoded(self, first: int) -> Iterator[tuple[int, av.VideoFrame]]:
         """The frames from number `first`, or from one before it, to the end, with their numbers."""
@@ -278,6 +277,11 @@ def shown_at(times: np.ndarray, usual: float, seconds: float, fps: float) -> np.
     return np.maximum(np.searchsorted(begins, moments + TIE, side="right") - 1, 0)
 
 
+def even_size(height: float, width: float) -> tuple[int, int]:
+    """The size in which `VideoWriter` writes a picture: H.264 in yuv420p has even sides only."""
+    return _even(height), _even(width)
+
+
 def read_video(
     path: PathLike, rate: int = 16000, max_seconds: float | None = None
 ) -> tuple[np.ndarray, float, np.ndarray | None]:
@@ -292,15 +296,18 @@ def read_video(
     frames, track = np.stack(list(source.frames_at(source.fps, 0, limit))), source.track()
     if track is None:
         return frames, source.fps, None
-    wave = resample(mixed(track[0])[0], track[1], rate)
+    wave = resample(mixed(track.samples)[0], track.rate, rate)
     return frames, source.fps, wave[: round(len(frames) / source.fps * rate)]
 
 
-def _aligned(sound: Sound, start: float, seconds: float) -> np.ndarray:
-    """Samples [n, channels] that begin with the picture, at `start` seconds of the file, and end no later than it."""
+def _aligned(sound: Sound, start: float, seconds: float) -> Sound:
+    """The sound that begins with the picture, at `start` seconds of the file, and ends no later than it; cut: it went
+    on, by more than encoders add."""
     lead = round((sound.start - start) * sound.rate)  # samples by which the sound starts after the picture
     samples = np.pad(sound.samples, ((lead, 0), (0, 0))) if lead > 0 else sound.samples[-lead:]
-    return np.clip(samples[: round(seconds * sound.rate)], -1.0, 1.0)
+    last = round(seconds * sound.rate)
+    cut = len(samples) - last > SLACK * sound.rate
+    return sound._replace(samples=np.clip(samples[:last], -1.0, 1.0), cut=cut, start=0.0)
 
 
 def _rhythm(times: np.ndarray, told: float) -> tuple[np.ndarray, float, float, bool]:

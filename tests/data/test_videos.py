@@ -270,13 +270,17 @@ def test_bad_files_are_dropped_with_the_reason(tmp_path, film, tiny):
 def test_sound_that_ends_before_the_picture_drops_what_it_lacks(tmp_path, film, tiny, monkeypatch):
     path = film(tmp_path / "a.mp4", frames=27)
     track = media.VideoSource.track
-    monkeypatch.setattr(media.VideoSource, "track", lambda self: (track(self)[0][: RATE // 2], RATE))
+
+    def sound_of(samples):
+        return lambda self: (sound := track(self))._replace(samples=sound.samples[:samples])
+
+    monkeypatch.setattr(media.VideoSource, "track", sound_of(RATE // 2))
     clips, dropped = cut(of(path), tiny)
     assert [clip.id for clip in clips] == ["a.mp4/0.00"]
     assert [(row.name, row.why) for row in dropped] == [
         ("a.mp4/0.36", "the sound ends before the picture"), ("a.mp4/0.72", "the sound ends before the picture"),
     ]  # fmt: skip
-    monkeypatch.setattr(media.VideoSource, "track", lambda self: (track(self)[0][: 18 * RATE // 25 - 50], RATE))
+    monkeypatch.setattr(media.VideoSource, "track", sound_of(18 * RATE // 25 - 50))
     clips, _ = cut(of(path), tiny)  # a few samples are no matter
     assert [len(clip.wave) for clip in clips] == [9 * RATE // 25] * 2
 

@@ -1,5 +1,7 @@
 """Windows over a long latent, with a fake model whose answer can be worked out."""
 
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -175,6 +177,24 @@ def test_a_memory_that_did_not_change_is_not_written(tmp_path, monkeypatch):
     assert seen == [None, 0, 0, 2] and written == [0, 0]
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_numbers_that_are_not_finite_stop_at_their_step(tmp_path, bad):
+    grid = solvers.SAMPLERS["flow"].grid(3, 5.0)
+    solver = solvers.euler(grid)
+    store = new_store(tmp_path / "render", np.zeros((11, *SHAPE), np.float32), solver)
+
+    def predict(members, x, i, memory):
+        v = np.zeros_like(x)
+        v[-1, -1, 0, 0, 0] = bad if i == 1 and members == (2,) else 0.0
+        return v, None
+
+    with pytest.raises(
+        UserError, match="step 2 of 3 gave numbers that are not finite: start again with smaller .* float32"
+    ):
+        follow(predict, solver, grid, plan(11, 5, 2), store)
+    assert store.done == 1
+
+
 def test_a_folder_of_another_render_is_refused(tmp_path):
     folder, settings = tmp_path / "render", {"seed": 1, "prompt": "a", "sampling": {"steps": 3, "shift": 5.0}}
     claim(folder, settings)
@@ -187,6 +207,16 @@ def test_a_folder_of_another_render_is_refused(tmp_path):
     (folder / "settings.json").rename(folder / "given.f32")
     with pytest.raises(UserError, match="holds no settings.json, so whose it is cannot be told: remove it"):
         claim(folder, settings)
+
+
+def test_settings_that_cannot_be_written_leave_no_folder(tmp_path, monkeypatch):
+    def full(self, *args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pathlib.Path, "write_text", full)
+    with pytest.raises(UserError, match="settings.json could not be written: no space left on device"):
+        claim(tmp_path / "render", {})
+    assert not (tmp_path / "render").exists()
 
 
 def test_damaged_progress_is_told(tmp_path):
