@@ -62,14 +62,14 @@ def loss(params: Any, constants: Any, batch: dict[str, Any], key: jax.Array) -> 
     return jnp.mean(losses.velocity_errors(jnp.asarray(velocity), x0, noise)), {}
 
 
-def run(steps: int, mesh: jax.sharding.Mesh | None, micro_batches: int = 1) -> np.ndarray:
+def run(steps: int, mesh: jax.sharding.Mesh | None) -> np.ndarray:
     """The losses of so many steps."""
     optimizer = optax.adamw(1e-3)
     params = jax.jit(lambda key: DiT(CFG).init(key, *zero_inputs(CFG))["params"])(jax.random.key(0))
     state = jax.device_get(train_state.init_state(jax.device_get(params), optimizer))
     shardings = None if mesh is None else train_state.tree_shardings(state, mesh)
     state = state if shardings is None else jax.device_put(state, shardings)
-    step = train_state.make_step(train_state.make_update(loss, optimizer, 0.99, micro_batches), shardings)
+    step = train_state.make_step(train_state.make_update(loss, optimizer, 0.99), shardings)
     found = []
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
         for number in range(steps):

@@ -1,7 +1,14 @@
 """Shared by all tests: a pipeline small enough to run anywhere, with random weights."""
 
 import dataclasses
+import os
+from pathlib import Path
 from typing import Any
+
+# Before JAX is imported. What one test file compiles the others, their workers and the programs they start need not
+# compile again, nor need the next run. Not the user's own cache: tests are to leave nothing there.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parents[1] / ".pytest_cache" / "compiled")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
 import jax
 import jax.numpy as jnp

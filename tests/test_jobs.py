@@ -17,7 +17,6 @@ CONFIG = pathlib.Path(__file__).parents[1] / "configs" / "demo.py"
 
 @pytest.fixture
 def files(tmp_path, tiny, tiny_pipeline, monkeypatch) -> pathlib.Path:
-    monkeypatch.setattr(command_line, "setup_compile_cache", lambda: None)
     monkeypatch.setitem(config.PRESETS, "tiny", tiny)
     monkeypatch.chdir(tmp_path)
     checkpoint.save_models(tmp_path / "weights", tiny_pipeline.params)

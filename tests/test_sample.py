@@ -28,13 +28,6 @@ CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.py") if path.stem !
 DEMO_CONFIG = ROOT / "configs" / "demo.py"
 
 
-@pytest.fixture(autouse=True)
-def no_compile_cache(monkeypatch, tmp_path_factory):
-    """Tests leave the user's cache alone."""
-    monkeypatch.setattr(command_line, "setup_compile_cache", lambda: None)
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
-
-
 @pytest.fixture
 def files(tmp_path) -> pathlib.Path:
     """A folder with good and bad inputs."""

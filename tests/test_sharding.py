@@ -104,14 +104,14 @@ options = SamplingOptions(steps=2, window=9, overlap=1, windows_together=2)
 params = random_params(expected_params(TINY))
 want = Pipeline(TINY, params).generate(request, options).frames.astype(int)
 assert want.std() > 1
-for axes in ({}, {"data": 2, "branch": 2, "context": 2}, {"context": 2, "tensor": 2}):
+for axes in ({"data": 2, "branch": 2, "context": 2}, {"context": 2, "tensor": 2}):  # fsdp takes the rest: 1 and 2
     mesh = make_mesh(**axes)
     spread = {role: jax.device_put(tree, param_shardings(tree, mesh)) for role, tree in params.items()}
     pipe = Pipeline(TINY, spread, mesh=mesh)
-    if not axes:
-        kernel = pipe.params["dit"]["blocks"]["mlp"]["up"]["kernel"]
-        assert len(kernel.addressable_shards) == 8
-        assert kernel.addressable_shards[0].data.shape[-2] * 8 == kernel.shape[-2]
+    kernel = pipe.params["dit"]["blocks"]["mlp"]["up"]["kernel"]
+    parts, columns = mesh.shape["fsdp"] * mesh.shape["context"], mesh.shape["tensor"]
+    assert len(kernel.addressable_shards) == 8
+    assert np.multiply(kernel.addressable_shards[0].data.shape[-2:], (parts, columns)).tolist() == [*kernel.shape[-2:]]
     got = pipe.generate(request, options).frames.astype(int)
     assert abs(want - got).max() <= 1, (axes, abs(want - got).max())  # of 255: sums in another order, then rounding
 print("good")
@@ -164,14 +164,14 @@ def test_attention_of_a_divided_sequence_is_that_of_the_whole():
 
 
 TRAINING = """
-import numpy as np
+import jax, numpy as np
+jax.config.update("jax_disable_most_optimizations", True)  # compiled once and run on next to nothing
 from bench import meshes
 from emv3_jax.sharding import make_mesh
 want = meshes.run(4, None)
-for mesh, parts in ((make_mesh(data=2, context=2, tensor=2), 1), (make_mesh(), 1)):
-    np.testing.assert_allclose(meshes.run(4, mesh, parts), want, rtol=1e-5)
+np.testing.assert_allclose(meshes.run(4, make_mesh(context=2, tensor=2)), want, rtol=1e-5)  # and fsdp 2
 
-import jax, jax.numpy as jnp, optax
+import jax.numpy as jnp, optax
 from emv3_jax.training import adapters, state
 rng = np.random.default_rng(0)
 base = {"mlp": {"up": {"kernel": rng.standard_normal((8, 16))}, "down": {"kernel": rng.standard_normal((16, 8))}}}

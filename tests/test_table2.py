@@ -16,8 +16,7 @@ def bench(tmp_path, seeds=3, scale=1.0):
     return made
 
 
-def test_a_dataset_that_is_not_there_is_told_in_a_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(command_line, "setup_compile_cache", lambda: None)
+def test_a_dataset_that_is_not_there_is_told_in_a_line(tmp_path, capsys):
     words = ["--data", str(tmp_path / "nothing"), "--out", str(tmp_path / "out"), "--rows"]
     assert command_line.run_main(table2.main, [*words, "full"]) == 2
     (line,) = capsys.readouterr().err.splitlines()

@@ -12,9 +12,8 @@ from emv3_jax.training import cycle, loop, recipes
 
 
 @pytest.fixture
-def command(tmp_path, monkeypatch):
+def command(tmp_path):
     """Runs train.py on a config in this process; SIGTERM is as it was before it."""
-    monkeypatch.setattr(command_line, "setup_compile_cache", lambda: None)
     before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
     config = "configs/puppet_full_cycle.py"
     yield lambda: command_line.run_main(train.main, ["--config", config, "--workdir", str(tmp_path)])

@@ -33,6 +33,13 @@ SFT, PAIRED = "sft", "dpo"
 BANDS = {"early": (2 / 3, 1.01), "middle": (1 / 3, 2 / 3), "late": (-0.01, 1 / 3)}  # phases of t / 1000
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _fresh(preset: Preset, roles: tuple[str, ...], key: jax.Array) -> dict[str, Any]:
+    """Untrained parameters of some models."""
+    params = pipeline.init_params(preset, key)
+    return {role: params[role] for role in roles}
+
+
 def trained_models(preset: Preset) -> tuple[str, ...]:
     """The models that a preset's transformer is trained with: its encoders too, where they are small."""
     return ("dit", "text", "image") if examples.encoders_trained(preset) else ("dit",)
@@ -68,12 +75,7 @@ class DiTRecipe:
         if cfg.init_from and not cfg.silent_audio:
             return dict(pipeline.load_models(self.preset, cfg.init_from, self.trained))
 
-        @jax.jit
-        def fresh(key: jax.Array) -> Any:
-            params = pipeline.init_params(self.preset, key)
-            return {name: params[name] for name in self.trained}
-
-        made = fresh(jax.random.key(cfg.seed))
+        made = _fresh(self.preset, self.trained, jax.random.key(cfg.seed))
         if not cfg.silent_audio:
             return made
         if examples.encoders_trained(self.preset):  # whose base is of our own training

@@ -20,7 +20,6 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 @pytest.fixture
 def run(tmp_path, tiny, tiny_pipeline, monkeypatch, capsys):
     """Runs prepare on the tiny preset in an empty folder: (exit status, lines on stdout, lines on stderr)."""
-    monkeypatch.setattr(command_line, "setup_compile_cache", lambda: None)
     monkeypatch.setitem(config.PRESETS, "tiny", tiny)
     monkeypatch.chdir(tmp_path)
     checkpoint.save_models(tmp_path / "weights", {"vae": tiny_pipeline.params["vae"]})

@@ -32,7 +32,6 @@ def test_the_control_is_the_next_clips_voice():
 @pytest.fixture
 def words(tiny, tiny_pipeline, tmp_path, monkeypatch) -> list[str]:
     monkeypatch.setitem(config.PRESETS, "tiny", tiny)
-    monkeypatch.setattr(command_line, "setup_compile_cache", lambda: None)
     monkeypatch.chdir(tmp_path)
     checkpoint.save_models(tmp_path / "weights", tiny_pipeline.params)
     rng = np.random.default_rng(0)

@@ -8,6 +8,7 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from tiny_runs import arrays_equal, config
 
@@ -62,22 +63,21 @@ def test_vae_learns_in_the_loop(vae, tiny, tmp_path):
     assert 5 < rows[0]["psnr"] < 40
 
 
-def losses_after(recipe, steps: int) -> tuple[float, float]:
-    """Loss of one batch before and after so many steps on it."""
-    cfg = config("demo_vae.py", steps=100, learning_rates=((100, 2e-3),))
-    optimizer = train_state.make_optimizer(cfg)
-    state = train_state.init_state(recipe.init(), optimizer)
-    step = train_state.make_step(train_state.make_update(recipe.loss, optimizer, cfg.ema_decay))
-    loss = jax.jit(lambda *args: recipe.loss(*args, jax.random.key(7))[0])
-    batch, constants = recipe.batch(3), recipe.constants()
-    before = float(loss(state.params, constants, batch))
-    for _ in range(steps):
-        state, _ = step(state, constants, batch)
-    return before, float(loss(state.params, constants, batch))
+def losses_after(recipe, steps: int, rate: float) -> tuple[float, float]:
+    """Loss of one batch before and after so many steps on it, each of the length `rate` against the gradient."""
+    gradient = jax.jit(jax.value_and_grad(lambda *args: recipe.loss(*args, jax.random.key(7))[0]))
+    params, constants, batch = recipe.init(), recipe.constants(), recipe.batch(3)
+    seen = []
+    for _ in range(steps + 1):
+        loss, grads = gradient(params, constants, batch)
+        seen.append(float(loss))
+        scale = -rate / np.sqrt(sum(np.sum(np.square(leaf)) for leaf in jax.tree.leaves(grads)))
+        params = optax.apply_updates(params, optax.tree.scale(scale, grads))
+    return seen[0], seen[-1]
 
 
 def test_vae_learns(vae):
-    before, after = losses_after(vae, 20)
+    before, after = losses_after(vae, 20, 0.3)
     assert after < 0.4 * before  # 5.58 -> 1.11 when this was written
 
 
@@ -133,25 +133,21 @@ def test_rows_of_a_batch_are_those_of_the_whole_one(dit):
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[[0, 2]], b), whole, part)
 
 
-def test_dit_and_its_encoders_learn(dit):
-    optimizer = train_state.make_optimizer(dit.cfg)
-    state = train_state.init_state(dit.init(), optimizer)
-    before = jax.tree.map(np.array, state.params)
-    step = train_state.make_step(train_state.make_update(dit.loss, optimizer, dit.cfg.ema_decay))
-    for number in (1, 2, 3):  # fresh output layers are 0, and the warm-up's first step has a rate of 0
-        state, metrics = step(state, {}, dit.batch(number))
-        assert metrics["finite"] == 1.0 and np.isfinite(float(metrics["loss"]))
+def test_gradients_reach_the_dit_and_its_encoders(dit, tiny_pipeline):
+    params = {name: tiny_pipeline.params[name] for name in dit.trained}
+    gradient = jax.jit(jax.value_and_grad(dit.loss, has_aux=True))
+    (loss, metrics), grads = gradient(params, {}, dit.batch(3), jax.random.key(0))
+    assert np.isfinite(float(loss))
     assert float(metrics["mse"].count) == 3.0 and float(metrics["mse_lipsync"].count) == 0.0
     bands = sum(float(metrics[f"mse_{name}"].total) for name in ("early", "middle", "late"))
     np.testing.assert_allclose(bands, float(metrics["mse"].total), rtol=1e-5)
-    changed = jax.tree.map(lambda a, b: bool(np.any(a != b)), before, state.params)
-    assert changed.keys() == {"dit", "text", "image"}
-    for name, tree in changed.items():
-        assert np.mean(jax.tree.leaves(tree)) > 0.5, name
+    assert grads.keys() == {"dit", "text", "image"}
+    for name, tree in grads.items():
+        assert np.mean([bool(np.any(leaf)) for leaf in jax.tree.leaves(tree)]) > 0.5, name
 
 
 def test_dit_learns(dit):
-    before, after = losses_after(dit, 30)
+    before, after = losses_after(dit, 30, 0.3)
     assert after < 0.85 * before  # 15.1 -> 11.3 when this was written
 
 
@@ -284,7 +280,7 @@ def test_adapters_alone_are_trained_and_leave_as_whole_weights(make, weights, ti
     params, constants = lora.init(), lora.constants()
     start = checkpoint.load_params(weights / "dit.safetensors")
     assert arrays_equal(lora.weights(params, constants)["dit"], start)  # new adapters change nothing
-    before, after = losses_after(lora, 6)
+    before, after = losses_after(lora, 6, 0.1)
     assert after < before
     moved = jax.tree.map(lambda leaf: leaf + 0.1, params)
     lora.export(moved, constants, tmp_path)
@@ -324,7 +320,7 @@ def test_preferences_make_negatives_less_likely(make, weights, review, objective
     if objective != "ndpo_absolute":
         assert float(value) == pytest.approx(np.log(2), rel=1e-4)  # the model is its own reference
     if objective == "ndpo":
-        before, after = losses_after(recipe, 8)
+        before, after = losses_after(recipe, 8, 0.1)
         assert after < before
 
 
