@@ -1,4 +1,4 @@
-"""The one exception that a command line turns into text on stderr and exit code 2."""
+"""The one exception that a command line turns into text on stderr and exit code 2, and one that may become it."""
 
 from collections.abc import Iterable
 
@@ -20,5 +20,5 @@ class UserError(ValueError):
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether JAX failed because a device has no memory left."""
-    return "RESOURCE_EXHAUSTED" in str(error)
+    """Whether JAX says that a device has too little memory for what it was given."""
+    return isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
