@@ -18,11 +18,9 @@ line that says so, then the keys. Outputs appear whole or not at all.
 """
 
 import argparse
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -34,6 +32,7 @@ from convert.registry import MODELS, NAMINGS
 from convert.report import describe
 from convert.writers import check_space, claim
 from emv3_jax.command_line import Parser, run_main
+from emv3_jax.converted import hide_abandoned
 from emv3_jax.errors import UserError
 from emv3_jax.files import reason
 
@@ -218,19 +217,7 @@ def main(arguments: Sequence[str]) -> int | None:
         raise UserError(f"{where}{reason(error)}") from error
 
 
-def hide_abandoned_reads() -> None:
-    """Keeps quiet what becomes of reads that Orbax abandons when another one fails: that one has been reported."""
-    tell = sys.unraisablehook
-
-    def tell_others(unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
-            tell(unraisable)
-
-    sys.unraisablehook = tell_others
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-
-
 if __name__ == "__main__":
-    hide_abandoned_reads()
+    hide_abandoned()
     jax.config.update("jax_platforms", "cpu")  # shapes and files only: leave accelerators to whoever computes
     sys.exit(run_main(main))

@@ -16,9 +16,9 @@ import numpy as np
 from convert.sources import SafetensorsFile, Source, Spec
 from emv3_jax.converted import RECORD, Record, read_parameters, read_record, shapes, stored_shapes
 from emv3_jax.errors import UserError
+from emv3_jax.training.checkpoints import CHECKSUMS, ITEM, check_unchanged, checksum, names_of
 
 METADATA = "emv3_jax"  # the record's name in the header of a .safetensors file of ours
-ITEM = "default"  # Orbax's folder in a training checkpoint
 ROLES = ("dit", "text", "image", "vae", "speech")  # names of models in a training state
 AVERAGE, RAW = "ema", "params"  # fields of training.state.TrainState
 OTHER_STEP = "give another step's folder"
@@ -52,21 +52,26 @@ class ConvertedFile(SafetensorsFile):
 
 
 class TrainedModel(Source):
-    """One model of a training checkpoint: `part` of its state ("ema/dit"); nothing else of it is read."""
+    """One model of a training checkpoint: `part` of its state ("ema/dit"); nothing else of it is read, and this only if
+    it is what was saved. checksums: of every array of the state."""
 
     record: Record | None = None
 
-    def __init__(self, step: Path, part: str, header: Mapping[str, Spec]):
+    def __init__(self, step: Path, part: str, header: Mapping[str, Spec], checksums: Mapping[str, int]):
         self.path, self.files, self.header = step, (step / ITEM / "_METADATA",), header
-        self._part = part
+        self._part, self._checksums = part, checksums
 
     def read(self, key: str) -> np.ndarray:
         return self.read_many([key])[key]
 
     def read_many(self, keys: Iterable[str]) -> dict[str, np.ndarray]:
-        keys = tuple(keys)
-        found = read_parameters(self.path / ITEM, [f"{self._part}/{key}" for key in keys], OTHER_STEP)
-        return {key: found.pop(f"{self._part}/{key}") for key in keys}
+        paths = {f"{self._part}/{key}": key for key in keys}
+        found = read_parameters(self.path / ITEM, paths, OTHER_STEP)
+        try:
+            check_unchanged(paths, map(self._checksums.get, paths), (checksum(found[path]) for path in paths))
+        except ValueError as error:
+            raise UserError(f"{self.path} is damaged ({error}); {OTHER_STEP}") from error
+        return {key: found.pop(path) for path, key in paths.items()}
 
 
 Parameters = ConvertedFolder | ConvertedFile | TrainedModel
@@ -127,13 +132,11 @@ def trained_models(step: Path, field: str) -> list[TrainedModel]:
     Raises:
       UserError: it is damaged, or holds no whole models: adapters, or a VAE, which only its export makes whole.
     """
-    found = {
-        path.removeprefix(f"{field}/"): leaf
-        for path, leaf in stored_shapes(step / ITEM, OTHER_STEP).items()
-        if path.startswith(f"{field}/")
-    }
+    stored = stored_shapes(step / ITEM, OTHER_STEP)
+    found = {path.removeprefix(f"{field}/"): leaf for path, leaf in stored.items() if path.startswith(f"{field}/")}
     if not found:
         raise UserError(f"{step} is no checkpoint of train.py: it holds no {field}")
+    names = names_of(step, stored)
     weights = step.absolute().parent.parent / "weights"
     if all(path.rpartition("/")[2] in ("down", "up") for path in found):
         raise UserError(
@@ -149,4 +152,6 @@ def trained_models(step: Path, field: str) -> list[TrainedModel]:
     for path, leaf in found.items():
         role, _, rest = path.partition("/")
         models.setdefault(role, {})[rest] = leaf
-    return [TrainedModel(step, f"{field}/{role}", _header(models[role])) for role in models]
+    sums = read_parameters(step / ITEM, [CHECKSUMS], OTHER_STEP)[CHECKSUMS]
+    recorded = dict(zip(names, map(int, sums), strict=True))
+    return [TrainedModel(step, f"{field}/{role}", _header(models[role]), recorded) for role in models]

@@ -7,8 +7,12 @@ checks them.
 """
 
 import dataclasses
+import functools
+import inspect
 import json
+import logging
 import math
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -100,11 +104,13 @@ def stored_shapes(folder: PathLike, remedy: str = AGAIN) -> dict[str, jax.ShapeD
     """
     try:  # of the handler: a checkpointer warns where a folder is one item of a larger checkpoint
         tree = ocp.PyTreeCheckpointHandler().metadata(Path(folder).absolute()).tree
-    except (ValueError, OSError, KeyError, AttributeError) as error:
+    except Exception as error:  # Orbax passes on whatever its readers raise
         raise _damaged(folder, error, remedy) from error
-    flat = traverse_util.flatten_dict(tree, sep="/")
-    arrays = {path: leaf for path, leaf in flat.items() if hasattr(leaf, "shape")}  # an optimizer has lists too
-    return {path: jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype) for path, leaf in arrays.items()}
+    named = [
+        (jax.tree_util.keystr(path, simple=True, separator="/"), leaf)  # an optimizer has lists too
+        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+    ]
+    return {path: jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype) for path, leaf in named}
 
 
 def read_parameters(folder: PathLike, paths: Iterable[str], remedy: str = AGAIN) -> dict[str, np.ndarray]:
@@ -182,3 +188,18 @@ def _in_flight(parameters: Mapping[str, jax.ShapeDtypeStruct]) -> int:
 def _damaged(folder: PathLike, error: Exception, remedy: str = AGAIN) -> UserError:
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return UserError(f"{folder} is damaged and cannot be read ({line[:200]}); {remedy}")
+
+
+@functools.cache
+def hide_abandoned() -> None:
+    """Keeps quiet, from here on, what Orbax tells beside what it raises: it logs the same several times over, each with
+    its stack, and whatever it abandons when a part fails complains for itself."""
+    tell = sys.unraisablehook
+
+    def tell_others(what: Any) -> None:
+        if not inspect.iscoroutine(what.object) and str(what.exc_value) != "Event loop is closed":
+            tell(what)
+
+    sys.unraisablehook = tell_others
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    logging.getLogger("absl").addFilter(lambda record: record.levelno < logging.ERROR or "orbax" not in record.pathname)

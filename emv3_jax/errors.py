@@ -1,4 +1,4 @@
-"""The one exception that a command line turns into text on stderr and exit code 2."""
+"""The one exception that a command line turns into text on stderr and exit code 2, and one that may become it."""
 
 from collections.abc import Iterable
 
@@ -17,3 +17,8 @@ class UserError(ValueError):
 
     def __str__(self) -> str:
         return "\n".join((self.message, *self.details))
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether JAX says that a device has too little memory for what it was given."""
+    return isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error)

@@ -1,4 +1,4 @@
-"""What differs when several processes train together: which rows each reads, and when they stop."""
+"""What differs when several processes train together: which rows each reads, when they stop, and who speaks."""
 
 import math
 import time
@@ -121,6 +121,12 @@ class Stopping:
         self._due, self._last = step + max(1, min(steps, self._at_most)), (step, time.monotonic())
         self.signal = int(signal_of_any)
         return bool(self.signal) or bool(late)
+
+
+def say(line: str) -> None:
+    """Prints a line, of one process of many."""
+    if jax.process_index() == 0:
+        print(line, flush=True)
 
 
 def wait() -> None:

@@ -4,7 +4,6 @@ import collections
 import contextlib
 import dataclasses
 import pathlib
-import shutil
 import signal
 import threading
 import time
@@ -13,14 +12,14 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 
 from emv3_jax import sharding
 from emv3_jax.data import batches
-from emv3_jax.errors import UserError
+from emv3_jax.errors import UserError, out_of_memory
 from emv3_jax.files import check_writable
-from emv3_jax.training import distributed
+from emv3_jax.training import checkpoints, distributed
 from emv3_jax.training import state as train_state
+from emv3_jax.training.distributed import say
 from emv3_jax.training.losses import Mean
 from emv3_jax.training.run_log import RunLog
 from emv3_jax.training.state import TrainState
@@ -82,7 +81,8 @@ def train(recipe: Recipe, cfg: Any, workdir: pathlib.Path) -> int:
       The signal (SIGTERM, SIGINT) that stopped the run before its time, or 0. A stopped run has saved its last step.
       A run that was stopped before its first step leaves everything as it was.
     Raises:
-      UserError: when the loss stays non-finite, or `workdir` or the checkpoints in it cannot be used.
+      UserError: when the loss stays non-finite, a step needs more memory than a device has, `workdir` or the
+        checkpoints in it cannot be used, or what belongs there cannot be written.
     """
     recipe.open()
     workdir = workdir.resolve()
@@ -96,25 +96,22 @@ def train(recipe: Recipe, cfg: Any, workdir: pathlib.Path) -> int:
     state, shardings = _start(recipe, optimizer, cfg.seed, mesh)
     constants = _divided(recipe.constants, mesh)
     update = train_state.make_update(recipe.loss, optimizer, cfg.ema_decay, cfg.micro_batches, recipe.restarts())
-    _remove_half_written(workdir / "checkpoints")
-    options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
-    handler = ocp.StandardCheckpointHandler()
-    with ocp.CheckpointManager(workdir / "checkpoints", options=options, item_handlers=handler) as checkpoints:
-        state = _resume(checkpoints, state, workdir)
+    with checkpoints.opened(workdir) as kept:
+        state = kept.resume(state)
         first = int(state.step)
         for line in distributed.undivided(map(recipe.batch_size, range(first + 1, cfg.steps + 1)), mesh):
             say(line)
         log = RunLog(workdir if jax.process_index() == 0 else None, first)
-        run = _Run(recipe, cfg, constants, train_state.make_step(update, shardings), checkpoints, log, mesh)
+        run = _Run(recipe, cfg, constants, train_state.make_step(update, shardings), kept, log, mesh)
         try:
             state, stopped = run.crank(state)
         finally:
             log.close()
     if stopped and int(state.step) == first:
         return stopped
-    average, kept = distributed.to_host(state.ema), distributed.to_host(constants)
+    average, fixed = distributed.to_host(state.ema), distributed.to_host(constants)
     if jax.process_index() == 0:
-        recipe.export(average, kept, workdir / "weights")
+        recipe.export(average, fixed, workdir / "weights")
     say(f"weights (moving average) at step {int(state.step)}: {workdir / 'weights'}")
     return stopped
 
@@ -143,89 +140,6 @@ def _divided(make: Callable[[], Any], mesh: jax.sharding.Mesh | None) -> Any:
     return jax.device_put(made, train_state.tree_shardings(made, mesh))
 
 
-def say(line: str) -> None:
-    """Prints a line, of one process of many."""
-    if jax.process_index() == 0:
-        print(line, flush=True)
-
-
-def _remove_half_written(folder: pathlib.Path) -> None:
-    """Removes what a run left that was killed while it saved."""
-    if jax.process_index() == 0:
-        for left in sorted(folder.glob("*.orbax-checkpoint-tmp*")):
-            shutil.rmtree(left)
-            say(f"the checkpoint of step {left.name.partition('.')[0]} was only half written: it was removed")
-    distributed.wait()
-
-
-def _resume(checkpoints: ocp.CheckpointManager, state: TrainState, workdir: pathlib.Path) -> TrainState:
-    """The newest checkpoint that can be read, or `state` if there is none at all; damaged ones are moved aside."""
-    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-    damaged: dict[int, str] = {}
-    for step in sorted(checkpoints.all_steps(), reverse=True):
-        why, differences, restored = "", [], None
-        try:
-            differences = _differences(checkpoints.item_metadata(step), state)
-            restored = None if differences else checkpoints.restore(step, args=ocp.args.StandardRestore(abstract))
-        except Exception as error:  # Orbax passes on whatever its readers raise
-            why = f"{type(error).__name__}: {str(error)[:100]}"
-            if _may_pass(error):
-                raise UserError(
-                    f"the checkpoint of step {step} in {workdir} could not be read ({why}), and may be whole: it was"
-                    " left as it is; look at the memory and the disk, then give the same command again"
-                ) from error
-        if distributed.any_of(bool(why)):
-            damaged[step] = why or "another process could not read it"
-            continue
-        if restored is None:
-            more = f"; {len(differences) - 3} more" if len(differences) > 3 else ""
-            raise UserError(
-                f"the checkpoint of step {step} in {workdir} is of another model or optimizer"
-                f" ({'; '.join(differences[:3])}{more}): go on with the config that made it, or give another --workdir"
-            )
-        for bad in damaged:
-            aside = workdir / f"damaged_checkpoint_{bad}"
-            if jax.process_index() == 0:
-                shutil.rmtree(aside, ignore_errors=True)
-                (workdir / "checkpoints" / str(bad)).rename(aside)
-            say(f"the checkpoint of step {bad} is damaged and was moved to {aside}")
-        distributed.wait()
-        checkpoints.reload()
-        say(f"resumed from step {step} in {workdir}")
-        return restored
-    if damaged:
-        raise UserError(
-            f"no checkpoint in {workdir / 'checkpoints'} can be read ({damaged[max(damaged)]}):"
-            " delete that folder to start from nothing, or give another --workdir"
-        )
-    return state
-
-
-def _may_pass(error: Exception) -> bool:
-    """Whether reading failed for want of memory, or because of the disk, and not because of what was read."""
-    absent = isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
-    system = isinstance(error, OSError | MemoryError) and not absent
-    signs = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAVAILABLE", "DEADLINE_EXCEEDED")
-    return system or any(sign in str(error) for sign in signs)
-
-
-def _differences(saved: Any, state: Any) -> list[str]:
-    """What a checkpoint's tree of shapes has that `state` has not, and the other way round; the parameters first."""
-
-    def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-        leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-        return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}
-
-    there, here = shapes(saved), shapes(state)
-    names = sorted(there.keys() | here.keys(), key=lambda name: (not name.startswith("params/"), name))
-    what = lambda shape: "missing" if shape is None else str(shape)  # noqa: E731
-    return [
-        f"{name} is {what(there.get(name))} there and {what(here.get(name))} here"
-        for name in names
-        if there.get(name) != here.get(name)
-    ]
-
-
 @dataclasses.dataclass
 class _Run:
     """The loop of `train` and what it needs."""
@@ -234,7 +148,7 @@ class _Run:
     cfg: Any
     constants: Any
     step_fn: Any
-    checkpoints: ocp.CheckpointManager
+    checkpoints: checkpoints.Checkpoints
     log: RunLog
     mesh: jax.sharding.Mesh | None
 
@@ -242,9 +156,18 @@ class _Run:
         """The last state, in a checkpoint if a step was taken, and the signal that ended the loop, or 0."""
         report = _Report(self.cfg, self.log)
         try:
-            return self._turn(state, report)
-        finally:
-            report.flush()
+            try:
+                return self._turn(state, report)
+            finally:
+                report.flush()
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            raise UserError(
+                "a device has too little memory for a training step: take batches in more parts (config key"
+                " micro_batches), keep less for the backward pass (model.remat, of a transformer), or divide the work"
+                f" over more devices (mesh): {str(error).splitlines()[0][:200]}"
+            ) from error
 
     def _turn(self, state: TrainState, report: "_Report") -> tuple[TrainState, int]:
         """`crank`, which tells what is left to be told however this ends."""
@@ -258,9 +181,9 @@ class _Run:
                 done = step >= cfg.steps or stopping.agreed(step, next(iter(signals.received), 0), out_of_time)
                 if step > first and (done or step % cfg.checkpoint_every == 0):
                     watch.look()  # saving waits for the steps anyway
-                    if self.checkpoints.latest_step() != step:
+                    if self.checkpoints.latest() != step:
                         report.flush()  # a run that goes on from here would not tell it
-                        self.checkpoints.save(step, args=ocp.args.StandardSave(state))
+                        self.checkpoints.save(step, state)
                 if step > first and step % cfg.eval_every == 0 and not stopping.signal:
                     self._evaluate(step, state, signals)
                 if done:
@@ -276,7 +199,7 @@ class _Run:
                 report.add(step, metrics, self._work(batch, step))
                 if step % cfg.log_every == 0 or step == first + 1:
                     report.tell_previous()
-        self.checkpoints.wait_until_finished()
+        self.checkpoints.wait()
         report.flush()
         stopped = stopping.signal if step < cfg.steps else 0
         if stopped:
@@ -304,7 +227,7 @@ class _Run:
 
     def _evaluate(self, step: int, state: TrainState, signals: "_Signals") -> None:
         """Scores the moving average where it lies; of several processes the first does so alone, on its own devices."""
-        self.checkpoints.wait_until_finished()  # whatever comes of this, the step is safe
+        self.checkpoints.wait()  # whatever comes of this, the step is safe
         average, kept = state.ema, self.constants
         if jax.process_count() > 1:
             average, kept = distributed.to_host(average), distributed.to_host(kept)
@@ -319,8 +242,8 @@ class _Run:
 
         try:
             seen = signals.break_off(scored)
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
+        except RuntimeError as error:
+            if not out_of_memory(error):
                 raise
             say(f"note: step {step} was not evaluated, for want of memory: {str(error).splitlines()[0][:200]}")
             return

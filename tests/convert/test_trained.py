@@ -1,6 +1,7 @@
 """What training wrote, on its way to torch: exported weights, checkpoints, adapters."""
 
 import dataclasses
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +24,7 @@ from emv3_jax import checkpoint
 from emv3_jax.command_line import run_main
 from emv3_jax.config import DEMO
 from emv3_jax.pipeline import expected_params
-from emv3_jax.training import adapters
+from emv3_jax.training import adapters, checkpoints
 from emv3_jax.training import state as train_state
 
 pytestmark = pytest.mark.usefixtures("tiny_models")
@@ -56,14 +57,10 @@ def same(path, tensors) -> bool:
 
 def save(workdir, states):
     """Checkpoints as training.loop writes them: step -> (params, moving average)."""
-    options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
-    handler = ocp.StandardCheckpointHandler()
-    with ocp.CheckpointManager(workdir / "checkpoints", options=options, item_handlers=handler) as manager:
+    with checkpoints.opened(workdir) as kept:
         for step, (params, average) in states.items():
             state = train_state.init_state(params, optax.adamw(1e-3))
-            state = dataclasses.replace(state, step=jnp.int32(step), ema=jax.tree.map(jnp.asarray, average))
-            manager.save(step, args=ocp.args.StandardSave(state))
-        manager.wait_until_finished()
+            kept.save(step, dataclasses.replace(state, step=jnp.int32(step), ema=jax.tree.map(jnp.asarray, average)))
     return workdir / "checkpoints"
 
 
@@ -128,6 +125,7 @@ def test_of_a_checkpoint_the_average_or_the_weights_are_read_and_nothing_else(tm
         read.clear()
         assert run("to-torch", *arguments, "--to", tmp_path / f"out{number}") == 0
         assert same(tmp_path / f"out{number}/dit-flash.safetensors", tensors_of("dit-flash", tree["dit"]))
+        assert read.pop(0) == "checksums"
         assert read and all(path.startswith(f"{field}/dit/") for path in read)
 
 
@@ -188,6 +186,29 @@ def test_what_holds_no_whole_model_is_refused_with_the_place_of_one(tmp_path, ca
     (whole / "1/default/_METADATA").unlink()
     assert run("to-torch", whole, "--to", out) == 2
     assert "is damaged and cannot be read" in lines(capsys)[0]
+
+
+def test_a_checkpoint_whose_bytes_changed_is_refused_and_so_is_one_without_checksums(tmp_path, capsys):
+    tree, out = {"dit": params_of("dit-preview")}, tmp_path / "out"
+    folder, line = save(tmp_path, {1: (tree, tree)}), ""
+    data = max((folder / "1/default/ocdbt.process_0/d").iterdir(), key=lambda path: path.stat().st_size)
+    whole = data.read_bytes()
+    places = iter(range(len(whole) // 40, len(whole), len(whole) // 20))
+    while "is not what was saved" not in line:  # the place is of the average, and the value can be read
+        at = next(places)
+        data.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        if run("to-torch", folder, "--to", out, "--overwrite") == 2:
+            (line,) = lines(capsys)
+            assert f"{folder}/1" in line and "is damaged" in line and line.endswith("give another step's folder")
+        else:
+            assert same(out / "dit-preview.safetensors", tensors_of("dit-preview", tree["dit"]))
+            shutil.rmtree(out)
+        assert not out.exists() or not any(out.iterdir())
+    state = train_state.init_state(tree, optax.adamw(1e-3))
+    with ocp.CheckpointManager(tmp_path / "old", item_handlers=ocp.StandardCheckpointHandler()) as manager:
+        manager.save(1, args=ocp.args.StandardSave(state))
+    assert run("to-torch", tmp_path / "old", "--to", out) == 2
+    assert "saved by an earlier version of this program, without checksums" in lines(capsys)[0]
 
 
 def export_adapters(folder, params, pattern, dtype="float32"):

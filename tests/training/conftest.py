@@ -3,6 +3,8 @@
 import pathlib
 
 import pytest
+from quadratic import Quadratic
+from quadratic import config as quadratic_config
 from tiny_runs import config, plan_of
 
 from emv3_jax import checkpoint
@@ -11,7 +13,7 @@ from emv3_jax.data.extract import Extractor, encoder_hash
 from emv3_jax.data.puppets import Puppets
 from emv3_jax.options import SamplingOptions
 from emv3_jax.pipeline import expected_params
-from emv3_jax.training import negatives, verdicts
+from emv3_jax.training import loop, negatives, verdicts
 from emv3_jax.training.dit_recipe import DiTRecipe
 
 
@@ -60,3 +62,11 @@ def review(make, weights, tiny, tmp_path_factory) -> pathlib.Path:
     for row, issue in zip(rows, ("lips", "motion", None, None), strict=True):
         verdicts.add_verdict(folder, row["id"], "reject" if issue else "keep", issue)
     return folder
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory):
+    """The folder of a run that nothing disturbed."""
+    workdir = tmp_path_factory.mktemp("whole")
+    assert loop.train(Quadratic(), quadratic_config(), workdir) == 0
+    return workdir

@@ -8,10 +8,10 @@ import time
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from quadratic import Quadratic, assert_same_run, config, die_at, last_state, lines, stop_at
 from tensorboardX.proto import event_pb2
 
 from emv3_jax import checkpoint
@@ -26,91 +26,6 @@ def listening_to_ctrl_c():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
-
-
-class Quadratic:
-    """|w - target|^2, with a target that every batch and every random key shifts a little."""
-
-    def __init__(self, width: int = 3, bad: tuple = (), before_batch=lambda step: None):
-        self.width, self.bad, self.before_batch = width, bad, before_batch
-
-    def init(self):
-        return {"w": jnp.zeros((2, self.width))}
-
-    def open(self):
-        pass
-
-    def restarts(self):
-        return ()
-
-    def constants(self):
-        return {}
-
-    def batch_size(self, step):
-        return 2
-
-    def ids(self, step):
-        return [f"clip {step}a", f"clip {step}b"]
-
-    def work(self, batch):
-        return 10, 1e3
-
-    def batch(self, step, rows=None):
-        self.before_batch(step)
-        noise = np.random.default_rng(step).normal(size=(2, self.width))
-        return np.full_like(noise, np.nan) if step in self.bad else 1.0 + 0.1 * noise
-
-    def loss(self, params, constants, batch, key):
-        target = batch + 0.1 * jax.random.normal(key, batch.shape)
-        return jnp.mean(jnp.square(params["w"] - target)), {"mean": jnp.mean(params["w"])}
-
-    def evaluate(self, params, constants):
-        moving = np.zeros((5, 8, 8, 3), np.uint8)
-        return {"distance": float(jnp.max(jnp.abs(params["w"] - 1)))}, {"grey": moving[0], "film": moving}
-
-    def export(self, params, constants, folder):
-        checkpoint.save_models(folder, {"quadratic": params})
-
-
-def config(**changes) -> ml_collections.ConfigDict:
-    values = {
-        "steps": 12, "seed": 0, "learning_rates": ((12, 0.2),), "warmup_steps": 2, "final_lr_share": 0.1,
-        "weight_decay": 0.0, "clip_norm": 1.0, "beta2": 0.99, "ema_decay": 0.9, "minutes": 0.0, "bad_steps": 3,
-        "mesh": {"data": 1}, "micro_batches": 1, "batches_ahead": 0,
-        "log_every": 4, "eval_every": 6, "checkpoint_every": 5,
-    }  # fmt: skip
-    return ml_collections.ConfigDict({**values, **changes})
-
-
-def stop_at(step: int, number: int = signal.SIGTERM):
-    return lambda now: os.kill(os.getpid(), number) if now == step else None
-
-
-def last_state(workdir) -> tuple[int, dict]:
-    handler = ocp.StandardCheckpointHandler()
-    with ocp.CheckpointManager(workdir / "checkpoints", item_handlers=handler) as checkpoints:
-        step = checkpoints.latest_step()
-        return step, checkpoints.restore(step, args=ocp.args.StandardRestore())
-
-
-def lines(workdir) -> list[dict]:
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """The folder of a run that nothing disturbed."""
-    workdir = tmp_path_factory.mktemp("whole")
-    assert loop.train(Quadratic(), config(), workdir) == 0
-    return workdir
-
-
-def assert_same_run(workdir, whole):
-    (step, state), (wanted_step, wanted) = last_state(workdir), last_state(whole)
-    assert step == wanted_step
-    jax.tree.map(np.testing.assert_array_equal, state, wanted)
-    weights = [checkpoint.load_params(folder / "weights/quadratic.safetensors") for folder in (workdir, whole)]
-    jax.tree.map(np.testing.assert_array_equal, *weights)
 
 
 def test_it_learns_and_writes_what_it_saw(whole):
@@ -275,6 +190,19 @@ def test_a_step_is_saved_before_it_is_evaluated_and_want_of_memory_is_survived(t
         loop.train(recipe, config(), tmp_path / "other")
 
 
+def test_want_of_memory_in_a_step_is_one_line_that_says_what_saves_it(tmp_path, monkeypatch):
+    def fail(*args):
+        raise jax.errors.JaxRuntimeError(f"{sign}: Out of memory allocating 2147483648 bytes.\nand so on")
+
+    sign = "RESOURCE_EXHAUSTED"
+    monkeypatch.setattr(loop.train_state, "make_step", lambda *args: fail)
+    with pytest.raises(UserError, match=r"too little memory .*micro_batches.*model\.remat.*mesh.*2147483648 bytes\.$"):
+        loop.train(Quadratic(), config(), tmp_path)
+    sign = "INTERNAL"
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        loop.train(Quadratic(), config(), tmp_path)
+
+
 def test_a_loss_of_exactly_nothing_is_told(tmp_path, capsys):
     loop.train(Averaged(), config(steps=9, weight_decay=0.0), tmp_path)
     note = "note: the loss was exactly 0 3 times in a row, up to step 3, and taught nothing: a preference has nothing"
@@ -355,89 +283,6 @@ def test_single_bad_steps_are_survived(tmp_path):
     assert [row["learning_rate"] for row in rows] == [float(rate(updates)) for updates in (0, 1, 3, 6)]
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        MemoryError(), OSError(116, "Stale file handle"), PermissionError(13, "Permission denied"),
-        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 2147483648 bytes."),
-    ],
-)  # fmt: skip
-def test_a_checkpoint_that_may_be_whole_is_left_as_it_is(tmp_path, monkeypatch, error):
-    def fail(*args, **keywords):
-        raise error
-
-    loop.train(Quadratic(), config(steps=3), tmp_path)
-    monkeypatch.setattr(ocp.CheckpointManager, "restore", fail)
-    with pytest.raises(
-        UserError, match="checkpoint of step 3 .* could not be read .* left as it is; look at the memory"
-    ):
-        loop.train(Quadratic(), config(), tmp_path)
-    monkeypatch.undo()
-    assert last_state(tmp_path)[0] == 3
-
-
-def test_a_half_written_checkpoint_is_told_and_removed(tmp_path, whole, capsys):
-    loop.train(Quadratic(before_batch=stop_at(8)), config(), tmp_path)
-    left = tmp_path / "checkpoints" / "9.orbax-checkpoint-tmp-1"
-    left.mkdir()
-    (left / "part").write_bytes(b"half")
-    loop.train(Quadratic(), config(), tmp_path)
-    out = capsys.readouterr().out
-    assert "the checkpoint of step 9 was only half written: it was removed" in out and "resumed from step 7" in out
-    assert not left.exists()
-    assert_same_run(tmp_path, whole)
-
-
-def test_a_damaged_checkpoint_is_moved_aside_and_the_one_before_is_used(tmp_path, whole, capsys):
-    loop.train(Quadratic(before_batch=stop_at(8)), config(), tmp_path)
-    newest = tmp_path / "checkpoints" / "7"
-    for path in newest.rglob("*"):
-        if path.is_file():
-            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    capsys.readouterr()
-    loop.train(Quadratic(before_batch=stop_at(8)), config(), tmp_path)  # whose place the new step 7 can take
-    out = capsys.readouterr().out
-    assert "checkpoint of step 7 is damaged and was moved to" in out and "resumed from step 5" in out
-    assert (tmp_path / "damaged_checkpoint_7").is_dir() and last_state(tmp_path)[0] == 7
-    loop.train(Quadratic(), config(), tmp_path)
-    assert_same_run(tmp_path, whole)
-
-
-def test_only_damaged_checkpoints_are_an_error_that_names_them(tmp_path):
-    loop.train(Quadratic(), config(steps=3), tmp_path)
-    for path in (tmp_path / "checkpoints").rglob("*"):
-        if path.is_file():
-            path.write_bytes(b"")
-    with pytest.raises(UserError, match=f"no checkpoint in {tmp_path}/checkpoints can be read .* delete that folder"):
-        loop.train(Quadratic(), config(), tmp_path)
-
-
-class Renamed(Quadratic):
-    """Parameters of the same shape under another name."""
-
-    def init(self):
-        return {"v": super().init()["w"]}
-
-    def loss(self, params, constants, batch, key):
-        return super().loss({"w": params["v"]}, constants, batch, key)
-
-
-@pytest.mark.parametrize(
-    ("recipe", "changes", "difference"),
-    [
-        (Quadratic(width=4), {}, "params/w is (2, 3) there and (2, 4) here; ema/w is (2, 3) there and (2, 4) here; "),
-        (Renamed(), {}, "params/v is missing there and (2, 3) here; params/w is (2, 3) there and missing here; "),
-        (Quadratic(), {"frozen": ("w",)}, "opt_state/1/0/count is () there and missing here; "),
-    ],
-)
-def test_a_checkpoint_of_another_model_or_optimizer_is_refused(tmp_path, recipe, changes, difference):
-    loop.train(Quadratic(), config(steps=3), tmp_path)
-    with pytest.raises(UserError, match="checkpoint of step 3 .* is of another model or optimizer") as info:
-        loop.train(recipe, config(**changes), tmp_path)
-    assert f"({difference}" in str(info.value) and " more): go on with the config that made it" in str(info.value)
-    assert last_state(tmp_path)[0] == 3
-
-
 def test_batches_made_ahead_are_the_same_and_so_is_the_run(tmp_path, whole):
     loop.train(Quadratic(), config(batches_ahead=3), tmp_path)
     assert_same_run(tmp_path, whole)
@@ -446,14 +291,6 @@ def test_batches_made_ahead_are_the_same_and_so_is_the_run(tmp_path, whole):
         loop.train(Quadratic(before_batch=die_at(9)), config(batches_ahead=3), died)
     loop.train(Quadratic(), config(batches_ahead=3), died)
     assert_same_run(died, whole)
-
-
-def die_at(last):
-    def die(step):
-        if step == last:
-            raise RuntimeError("the lights went out")
-
-    return die
 
 
 class Averaged(Quadratic):
