@@ -1,17 +1,20 @@
 """Where a run writes what it sees: TensorBoard events and one JSON object a line."""
 
+import contextlib
 import io
 import json
 import math
 import pathlib
 import time
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from emv3_jax.config import FPS
-from emv3_jax.files import atomic_path
+from emv3_jax.errors import UserError
+from emv3_jax.files import atomic_path, reason
 
 
 class RunLog:
@@ -22,22 +25,41 @@ class RunLog:
       step: the step that the run goes on from. What an earlier run wrote of later steps is dropped, for those steps are
         taken again: their lines are removed, and TensorBoard is told not to show their points.
     Raises:
-      UserError: the lines cannot be written anew.
+      UserError: of every method too: it cannot be written, for the disk is full, say.
     """
 
     def __init__(self, workdir: pathlib.Path | None, step: int = 0):
         self._workdir = workdir
         if workdir is None:
             return
-        from tensorboardX import SummaryWriter
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import SessionLog
 
-        workdir.mkdir(parents=True, exist_ok=True)
-        _drop_later(workdir / "metrics.jsonl", step)
-        # The name of an events file holds the second it was opened in; the suffix keeps two runs of one second apart.
-        folder = str(workdir / "tensorboard")
-        self._board = SummaryWriter(folder, purge_step=step + 1, filename_suffix=f".from{step}")
-        self._lines = open(workdir / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+        with self._told():
+            (workdir / "tensorboard").mkdir(parents=True, exist_ok=True)
+            _drop_later(workdir / "metrics.jsonl", step)
+            # The name of an events file holds the second it was opened in; the suffix keeps two runs of one second
+            # apart. Not SummaryWriter: its thread dies where the disk is full, and who writes next waits for ever.
+            self._board = EventsWriter(str(workdir / "tensorboard" / "events"), f".from{step}")
+            self._event(step + 1, session_log=SessionLog(status=SessionLog.START))
+            self._lines = open(workdir / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
         self._start = time.time()
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"what the run sees could not be written to {self._workdir}: {reason(error)}; make room there, then"
+                " give the same command again"
+            ) from error
+
+    def _event(self, step: int, **what: Any) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
+        self._board.write_event(Event(wall_time=time.time(), step=step, **what))
+        self._board.flush()
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """One line, one point a curve. JSON knows no infinity and no NaN: such values are null, and no points."""
@@ -45,44 +67,55 @@ class RunLog:
             return
         values = {name: float(value) for name, value in values.items()}
         self.line(step, **{name: value if math.isfinite(value) else None for name, value in values.items()})
-        for name, value in values.items():
-            if math.isfinite(value):
-                self._board.add_scalar(name, value, step)
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        points = [Summary.Value(tag=name, simple_value=value) for name, value in values.items() if math.isfinite(value)]
+        with self._told():
+            self._event(step, summary=Summary(value=points))
 
     def line(self, step: int, **values: Any) -> None:
         """One line, of whatever JSON can hold."""
         if self._workdir is None:
             return
         line = {"step": step, "seconds": round(time.time() - self._start, 1), **values}
-        self._lines.write(json.dumps(line, allow_nan=False) + "\n")
-        self._lines.flush()
+        with self._told():
+            self._lines.write(json.dumps(line, allow_nan=False) + "\n")
+            self._lines.flush()
 
     def picture(self, step: int, name: str, picture: np.ndarray) -> None:
         """A picture [H, W, 3] uint8, or a video [F, H, W, 3] uint8, which is kept as `samples`/NAME_STEP.mp4 too."""
         if self._workdir is None:
             return
-        if picture.ndim == 3:
-            self._board.add_image(name, picture, step, dataformats="HWC")
-            return
-        from emv3_jax.media import VideoWriter
+        with self._told():
+            if picture.ndim == 3:
+                self._show(step, name, [picture], "PNG")
+                return
+            from emv3_jax.media import VideoWriter
 
-        (self._workdir / "samples").mkdir(exist_ok=True)
-        _, height, width, _ = picture.shape
-        with VideoWriter(self._workdir / "samples" / f"{name}_{step:07d}.mp4", height, width) as video:
-            video.write(picture)
+            (self._workdir / "samples").mkdir(exist_ok=True)
+            _, height, width, _ = picture.shape
+            with VideoWriter(self._workdir / "samples" / f"{name}_{step:07d}.mp4", height, width) as video:
+                video.write(picture)
+            self._show(step, name, picture[::2], "GIF")  # TensorBoard shows a GIF as it shows a picture
+
+    def _show(self, step: int, name: str, pictures: Sequence[np.ndarray], kind: str) -> None:
+        """Pictures one after another, or a single one, as TensorBoard shows them."""
         from tensorboardX.proto.summary_pb2 import Summary
 
-        moving = io.BytesIO()  # TensorBoard shows a GIF as it shows a picture
-        first, *rest = [Image.fromarray(frame) for frame in picture[::2]]
-        first.save(moving, format="GIF", save_all=True, append_images=rest, duration=2000 // FPS, loop=0)
-        image = Summary.Image(encoded_image_string=moving.getvalue(), height=height, width=width, colorspace=3)
-        self._board.file_writer.add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), step)
+        data = io.BytesIO()
+        first, *rest = [Image.fromarray(picture) for picture in pictures]
+        moving = {"save_all": True, "append_images": rest, "duration": 2000 // FPS, "loop": 0} if rest else {}
+        first.save(data, format=kind, **moving)
+        image = Summary.Image(
+            encoded_image_string=data.getvalue(), height=first.height, width=first.width, colorspace=3
+        )
+        self._event(step, summary=Summary(value=[Summary.Value(tag=name, image=image)]))
 
     def close(self) -> None:
         """Closes the files."""
         if self._workdir is not None:
-            self._board.close()
-            self._lines.close()
+            with self._told(), contextlib.closing(self._board), contextlib.closing(self._lines):
+                pass
 
 
 def _drop_later(path: pathlib.Path, step: int) -> None:
