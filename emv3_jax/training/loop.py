@@ -120,7 +120,9 @@ def _start(recipe: Recipe, optimizer: Any, seed: int, mesh: jax.sharding.Mesh | 
     """The state at step 0 where it belongs, and its shardings; None on one device."""
     params = _divided(recipe.init, mesh)
     if mesh is None:
-        return train_state.init_state(params, optimizer, seed), None
+        state = train_state.init_state(params, optimizer, seed)
+        # Tied to its device as one from a checkpoint is: a run that goes on need not compile its step again.
+        return jax.device_put(state, state.key.sharding), None
     make = lambda some: train_state.init_state(some, optimizer, seed)  # noqa: E731
     shardings = train_state.tree_shardings(jax.eval_shape(make, params), mesh)
     return jax.jit(make, out_shardings=shardings)(params), shardings

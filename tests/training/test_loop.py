@@ -203,6 +203,22 @@ def test_want_of_memory_in_a_step_is_one_line_that_says_what_saves_it(tmp_path, 
         loop.train(Quadratic(), config(), tmp_path)
 
 
+def test_a_run_that_goes_on_has_the_program_that_the_first_one_compiled(tmp_path, monkeypatch):
+    """JAX compiles anew for arrays that are tied to a device, as those of a checkpoint are."""
+    seen, make = [], loop.train_state.make_step
+
+    def noting(*args):
+        step_fn = make(*args)
+        return lambda state, *more: (
+            seen.append({leaf.committed for leaf in jax.tree.leaves(state)}) or step_fn(state, *more)
+        )
+
+    monkeypatch.setattr(loop.train_state, "make_step", noting)
+    for last in (1, 2):
+        loop.train(Quadratic(before_batch=stop_at(last + 1)), config(eval_every=100), tmp_path)
+    assert seen == [{True}, {True}]
+
+
 def test_a_loss_of_exactly_nothing_is_told(tmp_path, capsys):
     loop.train(Averaged(), config(steps=9, weight_decay=0.0), tmp_path)
     note = "note: the loss was exactly 0 3 times in a row, up to step 3, and taught nothing: a preference has nothing"
