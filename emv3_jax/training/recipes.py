@@ -55,9 +55,9 @@ def preset_of(cfg: Any) -> Preset:
     """
     if cfg.get("preset") not in tuple(PRESETS):  # compared, not hashed: it may be of any type
         raise UserError(f"config key preset: {cfg.get('preset')!r} is none of {', '.join(sorted(PRESETS))}")
-    if not checks.SECTION[0](cfg.get("model", {})):
-        raise UserError(f"config key model must be {checks.SECTION[1]}, got {cfg.model!r}")
-    preset, changes = PRESETS[cfg.preset], dict(cfg.get("model", {}))
+    preset, changes = PRESETS[cfg.preset], cfg.get("model", {})
+    if not checks.SECTION[0](changes):
+        raise UserError(f"config key model must be {checks.SECTION[1]}, got {changes!r}")
     fields = {field.name for field in dataclasses.fields(preset.dit)}
     if unknown := sorted(set(changes) - fields):
         raise UserError(f"config key model: {unknown[0]!r} is none of {', '.join(sorted(fields))}")
