@@ -28,7 +28,7 @@ from emv3_jax.diffusion.store import PROGRESS
 from emv3_jax.errors import UserError, out_of_memory
 from emv3_jax.layers import temporal_frequencies
 from emv3_jax.manifest import COLUMNS, Job
-from emv3_jax.options import OPEN, SamplingOptions
+from emv3_jax.options import SamplingOptions
 from emv3_jax.pipeline import Pipeline, load_pipeline, negative_notes, with_dtype
 from emv3_jax.progress import Bar, Clock, peak_memory
 from emv3_jax.request import Ready, Request, read_request
@@ -51,7 +51,7 @@ class Mode:
 
 
 MODES = {
-    "default": Mode(lambda preset: preset, OPEN),
+    "default": Mode(lambda preset: preset, {}),
     "released": Mode(config.released, {"long_video": "chained", "neg_growth": "cumulative"}),
 }
 
@@ -126,8 +126,8 @@ def options_of(job: Job, cfg: Any) -> SamplingOptions:
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
             raise UserError(f"{name} must be {KINDS[kinds[-1]]}, got {value!r}")
     values = {**cfg.sampling, **job.sampling}
-    own = {name: values.get(name) or value for name, value in MODES[cfg.mode].sampling.items()}
-    return SamplingOptions(**{**values, **own})
+    left_open = {name: value for name, value in MODES[cfg.mode].sampling.items() if not values.get(name)}
+    return SamplingOptions(**{**values, **left_open})
 
 
 def render_folder(out: pathlib.Path) -> pathlib.Path:

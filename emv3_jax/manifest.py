@@ -19,8 +19,8 @@ KINDS = {
     "image": str, "last_image": str, "video": str, "audio": str, "prompt": str, "task": str, "face": str, "mouth": str,
     "seed": int, "out": str, "sheet": str, "frames": int, "fps": float, "match_colours": bool,
 }  # fmt: skip
-OPTIONS = ("image", "last_image", "video", "audio", "prompt", "task", "face", "mouth", "seed", "out", "sheet")
-COLUMNS = tuple(KINDS)  # those without an option are keys of the config
+COLUMNS = tuple(KINDS)
+OPTIONS = tuple(name for name in COLUMNS if name not in ("frames", "fps", "match_colours"))  # those are config keys
 FILES = {"image": "image", "last_image": "last image", "video": "video", "audio": "recording"}
 FACES = ("none", "detect", "largest")
 

@@ -9,6 +9,7 @@ formulas are linear in x and the m's, so a step is one row of numbers, computed 
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -178,6 +179,7 @@ def sampler_named(name: str) -> Sampler:
     return SAMPLERS[name]
 
 
+@functools.cache
 def make(name: str, steps: int, shift: float) -> tuple[TimeGrid, Solver]:
     """The grid of a sampler, and the solver with its table.
 
