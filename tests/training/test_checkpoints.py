@@ -1,6 +1,7 @@
 """Checkpoints: what was saved is gone on from, and nothing else; what goes wrong is one line."""
 
 import contextlib
+import re
 import resource
 
 import jax
@@ -110,6 +111,11 @@ def files_of_at_most(size: int):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+def said(error: str) -> list[str]:
+    """Lines of stderr but for those that XLA logs of its own accord, of a slow machine say ("E1128 17:22:12.3 ...")."""
+    return [line for line in error.splitlines() if not re.match(r"[IWEF]\d{4} \d\d:\d\d:\d\d\.", line)]
+
+
 def test_a_checkpoint_that_cannot_be_written_is_one_line(tmp_path, capfd):
     def main(words):
         with checkpoints.opened(tmp_path) as kept:
@@ -120,11 +126,10 @@ def test_a_checkpoint_that_cannot_be_written_is_one_line(tmp_path, capfd):
 
     assert command_line.run_main(main, []) == 2
     out, error = capfd.readouterr()
-    assert not out and "Traceback" not in error and "absl" not in error
-    assert (  # XLA may complain of a slow machine beside it
+    assert not out and said(error) == [
         "error: the checkpoint of step 2 could not be written: file too large; step 1 is safe: make room at"
         f" {tmp_path}/checkpoints, then give the same command again"
-    ) in error.splitlines()
+    ]
     assert sorted(path.name for path in (tmp_path / "checkpoints").glob("?")) == ["1"]
     (kernel,) = read_parameters(tmp_path / "checkpoints/1/default", ["params/mlp/up/kernel"]).values()
     np.testing.assert_array_equal(kernel, state_of(1, 200_000).params["mlp"]["up"]["kernel"])
@@ -136,7 +141,7 @@ def test_a_checkpoint_that_is_lost_when_a_run_ends_otherwise_is_a_note(tmp_path,
         raise UserError("the lights went out")
     out, error = capfd.readouterr()
     assert out.startswith("note: the checkpoint of step 1 could not be written: file too large; no other is there")
-    assert out.count("\n") == 1 and "Traceback" not in error
+    assert out.count("\n") == 1 and not said(error)
 
 
 @pytest.mark.parametrize(
