@@ -11,6 +11,10 @@ EXTRAS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 
+# On Linux the C library gives large temporaries back and asks for them again at every step of a program; in huge pages
+# that costs next to nothing. Elsewhere it is not read. See "Training" in docs/benchmarks.md.
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
+
 comma := ,
 suffix := $(if $(EXTRAS),-$(subst $(comma),-,$(EXTRAS)))
 INSTALLED := $(VENV)/.installed$(suffix)

@@ -2,12 +2,13 @@
 
 Eight devices are made of this machine's processor. The demo's transformer is trained on random latents by the step that
 `train.py` runs; every mesh (data, fsdp, context, tensor) whose sizes multiply to 8 must give the losses of one device.
-Prints one row a mesh: the largest relative difference of a loss over all steps. With --processes, as many processes
-have the eight devices between them (`jax.distributed`).
+Prints one row a mesh: the largest relative difference of a loss over all steps. Each mesh is run by a process of its
+own, or with --processes by as many, which have the eight devices between them (`jax.distributed`).
 """
 
 import argparse
 import contextlib
+import dataclasses
 import itertools
 import json
 import os
@@ -15,11 +16,6 @@ import socket
 import subprocess
 import sys
 from typing import Any
-
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-
-import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +32,10 @@ from emv3_jax.training import state as train_state
 # Eight heads, so that heads can be divided too; two layers, to compile quickly.
 CFG = dataclasses.replace(DEMO.dit, width=128, heads=8, layers=2, ffn=96)
 BATCH, LATENTS = 8, (5, 8, 8)
+DEVICES = 8
+# XLA's pool has as many threads as devices or cores, and a collective holds one for every device: two that do not wait
+# for each other can take half of the pool each and never end, until XLA ends the program. So room for several at once.
+THREADS = 4 * DEVICES
 
 
 def batch_of(step: int) -> dict[str, Any]:
@@ -86,25 +86,35 @@ def run(steps: int, mesh: jax.sharding.Mesh | None) -> np.ndarray:
 def shapes() -> list[dict[str, int]]:
     """Sizes of data, context and tensor whose product divides 8; fsdp takes the rest."""
     sizes = itertools.product((1, 2, 4, 8), repeat=3)
-    return [{"data": d, "context": c, "tensor": t} for d, c, t in sizes if 8 % (d * c * t) == 0]
+    return [{"data": d, "context": c, "tensor": t} for d, c, t in sizes if DEVICES % (d * c * t) == 0]
 
 
-def together(steps: int, sizes: dict[str, int], processes: int) -> np.ndarray:
-    """The losses of several processes, each with its share of the eight devices, which must all see the same."""
+def devices_of_cpu(count: int) -> dict[str, str]:
+    """Environment of a program that is to see so many devices, made of this machine's processor."""
+    flags = f"--xla_force_host_platform_device_count={count}"
+    return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "NPROC": str(THREADS)}
+
+
+def apart(steps: int, sizes: dict[str, int], processes: int) -> np.ndarray:
+    """The losses on a mesh whose eight devices belong to as many new processes, which must all see the same.
+
+    Args:
+      sizes: as of `shapes`; none: the losses of one device.
+    """
     with socket.socket() as free:
         free.bind(("localhost", 0))
         place = f"localhost:{free.getsockname()[1]}"
-    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // processes}"}
     words = [sys.executable, "-m", "bench.meshes", "--steps", str(steps), "--coordinator", place]
     words += ["--sizes", json.dumps(sizes), "--processes", str(processes)]
+    env = os.environ | devices_of_cpu(DEVICES // processes)
     running = [
-        subprocess.Popen(
-            [*words, "--process", str(process)],
-            env={**os.environ, **flags}, stdout=subprocess.PIPE, text=True,
-        )
+        subprocess.Popen([*words, "--process", str(process)], env=env, stdout=subprocess.PIPE, text=True)
         for process in range(processes)
-    ]  # fmt: skip
-    found = [np.array(json.loads(process.communicate()[0].splitlines()[-1])) for process in running]
+    ]
+    printed = [process.communicate()[0] for process in running]
+    if any(process.returncode for process in running):
+        raise SystemExit(f"{sizes} over {processes} processes failed: see above")
+    found = [np.array(json.loads(some.splitlines()[-1])) for some in printed]
     assert all(np.array_equal(found[0], other) for other in found), "the processes disagree"
     return found[0]
 
@@ -120,20 +130,20 @@ def main() -> int:
     parser.add_argument("--sizes", type=json.loads, help="of several: of the mesh")
     args = parser.parse_args()
     if args.process is not None:
-        jax.distributed.initialize(args.coordinator, args.processes, args.process)
-        print(json.dumps(run(args.steps, make_mesh(**args.sizes)).tolist()))
+        if args.processes > 1:
+            jax.distributed.initialize(args.coordinator, args.processes, args.process)
+        print(json.dumps(run(args.steps, make_mesh(**args.sizes) if args.sizes else None).tolist()))
         return 0
-    want = run(args.steps, None)
+    want = apart(args.steps, {}, 1)
     print(f"loss on one device: {want[0]:.6f} at first, {want[-1]:.6f} after {args.steps} steps\n")
     print("| processes | data | fsdp | context | tensor | largest relative difference |\n" + "| --- " * 6 + "|")
     worst, every = 0.0, shapes()
     for sizes in every[:: -(-len(every) // args.meshes)]:
-        mesh = make_mesh(**sizes)
-        losses_here = run(args.steps, mesh) if args.processes == 1 else together(args.steps, sizes, args.processes)
-        error = float(np.abs(losses_here / want - 1).max())
+        error = float(np.abs(apart(args.steps, sizes, args.processes) / want - 1).max())
         worst = max(worst, error)
-        cells = (args.processes, *(mesh.shape[axis] for axis in ("data", "fsdp", "context", "tensor")), f"{error:.1e}")
-        print(f"| {' | '.join(map(str, cells))} |", flush=True)
+        data, context, tensor = sizes.values()
+        fsdp = DEVICES // (data * context * tensor)
+        print(f"| {args.processes} | {data} | {fsdp} | {context} | {tensor} | {error:.1e} |", flush=True)
     print(f"\nworst {worst:.1e}: {'good' if worst < 1e-5 else 'MORE than 1e-5'}")
     return 0 if worst < 1e-5 else 1
 

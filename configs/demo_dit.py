@@ -54,6 +54,7 @@ def get_config() -> ml_collections.ConfigDict:
             "final_lr_share": 0.03,
             "weight_decay": 0.01,
             "clip_norm": 1.0,
+            "beta1": 0.9,
             "beta2": 0.99,
             "ema_decay": 0.998,
             # held-out clips

@@ -19,8 +19,8 @@ def _sft() -> dict:
 
 
 def _unlearn(issue: str) -> dict:
-    keys = ("objective", "beta", "steps", "stages", "learning_rates", "warmup_steps", "ema_decay", "inter_task_ema",
-            "eval_every", "checkpoint_every")  # fmt: skip
+    keys = ("objective", "beta", "steps", "stages", "learning_rates", "beta1", "warmup_steps", "ema_decay",
+            "inter_task_ema", "eval_every", "checkpoint_every")  # fmt: skip
     cfg = ndpo.get_config()
     return {"name": issue, "issue": issue, **{key: cfg[key] for key in keys}}
 

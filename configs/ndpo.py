@@ -10,9 +10,9 @@ with the reference and fades as negatives become unlikely; ndpo_absolute is the 
 paired baseline, each negative against the true clip it was made after. beta here is for differences between errors.
 ndpo_absolute takes exp(-beta·err) of the error itself, which in float32 is exactly 0 from beta·err of 88 on, and lost
 beside AdamW's epsilon long before: give it --config.beta=10, for velocity errors of a few tenths. A stage is short: it
-only pushes away, and what it harms the SFT after it mends (full_cycle.py). The learning rate is a hundredth of SFT's:
-AdamW's steps do not shrink with the gradient, so at a rate of SFT's size the weights run on after the loss has faded
-(on puppets: configs/puppet_ndpo.py).
+only pushes away, and what it harms the SFT after it mends (full_cycle.py). beta1 is 0, for momentum runs on after the
+preference has faded: on puppets the error rose with it to ten times what beta asks for (docs/benchmarks.md). The loss
+that is logged is the preference over beta; `error_over_reference` says how far the errors have risen.
 """
 
 import ml_collections
@@ -34,7 +34,8 @@ def get_config() -> ml_collections.ConfigDict:
             "negatives": "data/negatives",
             "steps": STEPS,
             "stages": ((STEPS, ((113, 8),)),),
-            "learning_rates": ((STEPS, 1e-6),),
+            "learning_rates": ((STEPS, 1e-5),),
+            "beta1": 0.0,
             "warmup_steps": 20,
             "ema_decay": 0.99,
             "eval_every": 100,

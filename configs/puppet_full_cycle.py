@@ -24,8 +24,8 @@ def _sft(name: str) -> dict:
 
 def _unlearn(issue: str) -> dict:
     return {"name": issue, "objective": "ndpo", "issue": issue, "beta": 1000.0, "inter_task_ema": False,
-            "steps": UNLEARN, "stages": ((UNLEARN, ((33, 8),)),), "learning_rates": ((UNLEARN, 2e-5),),
-            "warmup_steps": 5}  # fmt: skip
+            "steps": UNLEARN, "stages": ((UNLEARN, ((33, 8),)),), "learning_rates": ((UNLEARN, 2e-4),),
+            "beta1": 0.0, "beta2": 0.999, "warmup_steps": 5}  # fmt: skip
 
 
 def get_config() -> ml_collections.ConfigDict:

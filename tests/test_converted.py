@@ -12,6 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from bench import meshes
 from emv3_jax.converted import RECORD, Record, load_converted, read_parameters, read_record, shapes
 from emv3_jax.errors import UserError
 
@@ -136,7 +137,7 @@ print("good")
 
 
 def test_every_device_gets_its_part(folder):
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    env = os.environ | meshes.devices_of_cpu(8)
     env["PYTHONPATH"] = str(Path(__file__).parents[1])
     command = [sys.executable, "-c", EIGHT_DEVICES, str(folder)]
     done = subprocess.run(command, env=env, capture_output=True, text=True)

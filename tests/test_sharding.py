@@ -13,6 +13,7 @@ import pytest
 from flax import traverse_util
 from jax.sharding import PartitionSpec as P
 
+from bench import meshes
 from configs import lora, puppet_lora
 from emv3_jax.config import PRESETS
 from emv3_jax.errors import UserError
@@ -119,7 +120,7 @@ print("good")
 
 
 def on_eight_devices(code: str) -> subprocess.CompletedProcess:
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    env = os.environ | meshes.devices_of_cpu(8)
     env["PYTHONPATH"] = os.pathsep.join((str(Path(__file__).parents[1]), str(Path(__file__).parent)))
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

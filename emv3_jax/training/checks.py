@@ -79,6 +79,7 @@ RUN: dict[str, Test] = {
     "final_lr_share": SHARE,
     "weight_decay": NOT_NEGATIVE,
     "clip_norm": POSITIVE,
+    "beta1": DECAY,
     "beta2": DECAY,
     "ema_decay": DECAY,
     "minutes": NOT_NEGATIVE,

@@ -165,6 +165,12 @@ def stage_configs(cfg: Any, workdir: pathlib.Path) -> list[tuple[pathlib.Path, A
         stage = ml_collections.ConfigDict(cfg.to_dict())
         with stage.unlocked(), stage.ignore_type():  # `check` says what types there must be
             folder = workdir / f"{number}_{changes.pop('name')}"
+            follows = {"cycle", "review", "negatives", *(("init_from", "silent_audio") if found else ())}
+            if given := sorted(follows & set(changes)):
+                raise UserError(
+                    f"config key cycle: stage {number} sets {given[0]!r}, which follows from the stages before or is"
+                    " the whole cycle's: leave it out"
+                )
             if unknown := sorted(set(changes) - set(stage)):
                 raise UserError(f"config key cycle: stage {number} sets {unknown[0]!r}, which is no key of the config")
             for key, value in changes.items():

@@ -214,9 +214,15 @@ class DiTRecipe:
             return jnp.mean(errors), self._metrics(plain, t, batch["task"])
         errors, plain, t = self._errors(self.weights(params, constants), batch, keys, drop=False)
         reference = jax.lax.stop_gradient(self._errors(constants["reference"], batch, keys, drop=False)[0])
-        loss = losses.PREFERENCES[cfg.objective](errors, reference, cfg.beta)
-        ahead = Mean(jnp.sum(errors - reference), jnp.asarray(errors.shape[0], jnp.float32))
-        return loss, {"error_over_reference": ahead, **self._metrics(plain, t, batch["task"])}
+        preference = losses.PREFERENCES[cfg.objective](errors, reference, cfg.beta)
+        count = jnp.asarray(errors.shape[0], jnp.float32)
+        seen = {
+            "preference": Mean(count * preference, count),
+            "error_over_reference": Mean(jnp.sum(errors - reference), count),
+        }
+        # By beta, so that gradients have the errors' own size and fade with the preference. As large as beta they would
+        # all be clipped to one length (clip_norm) until next to nothing was left of it.
+        return preference / cfg.beta, {**seen, **self._metrics(plain, t, batch["task"])}
 
     def _errors(
         self, weights: Any, batch: dict[str, Any], keys: dict[str, jax.Array], drop: bool

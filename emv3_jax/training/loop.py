@@ -93,8 +93,9 @@ def train(recipe: Recipe, cfg: Any, workdir: pathlib.Path) -> int:
     check_writable(workdir / "metrics.jsonl")
     optimizer = train_state.make_optimizer(cfg)
     mesh = sharding.from_config(cfg.mesh)
-    state, shardings = _start(recipe, optimizer, cfg.seed, mesh)
-    constants = _divided(recipe.constants, mesh)
+    with _short_of_memory("the weights and the optimizer's state", "divide them over more devices (config key mesh)"):
+        state, shardings = _start(recipe, optimizer, cfg.seed, mesh)
+        constants = _divided(recipe.constants, mesh)
     update = train_state.make_update(recipe.loss, optimizer, cfg.ema_decay, cfg.micro_batches, recipe.restarts())
     with checkpoints.opened(workdir) as kept:
         state = kept.resume(state)
@@ -114,6 +115,18 @@ def train(recipe: Recipe, cfg: Any, workdir: pathlib.Path) -> int:
         recipe.export(average, fixed, workdir / "weights")
     say(f"weights (moving average) at step {int(state.step)}: {workdir / 'weights'}")
     return stopped
+
+
+@contextlib.contextmanager
+def _short_of_memory(what: str, remedy: str) -> Iterator[None]:
+    """Makes a device's want of memory for `what` one line that says what helps."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        first = str(error).splitlines()[0][:200]
+        raise UserError(f"a device has too little memory for {what}: {remedy}: {first}") from error
 
 
 def _start(recipe: Recipe, optimizer: Any, seed: int, mesh: jax.sharding.Mesh | None) -> tuple[TrainState, Any]:
@@ -157,19 +170,15 @@ class _Run:
     def crank(self, state: TrainState) -> tuple[TrainState, int]:
         """The last state, in a checkpoint if a step was taken, and the signal that ended the loop, or 0."""
         report = _Report(self.cfg, self.log)
-        try:
+        remedy = (
+            "take batches in more parts (config key micro_batches), keep less for the backward pass (model.remat, of a"
+            " transformer), or divide the work over more devices (mesh)"
+        )
+        with _short_of_memory("a training step", remedy):
             try:
                 return self._turn(state, report)
             finally:
                 report.flush()
-        except RuntimeError as error:
-            if not out_of_memory(error):
-                raise
-            raise UserError(
-                "a device has too little memory for a training step: take batches in more parts (config key"
-                " micro_batches), keep less for the backward pass (model.remat, of a transformer), or divide the work"
-                f" over more devices (mesh): {str(error).splitlines()[0][:200]}"
-            ) from error
 
     def _turn(self, state: TrainState, report: "_Report") -> tuple[TrainState, int]:
         """`crank`, which tells what is left to be told however this ends."""

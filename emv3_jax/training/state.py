@@ -68,8 +68,8 @@ def make_optimizer(cfg: Any) -> optax.GradientTransformation:
     """AdamW with clipped gradients; kernels, embeddings and adapters decay, and nothing else.
 
     Args:
-      cfg: what `make_schedule` reads, weight_decay, clip_norm, beta2; optionally `frozen`: names of top-level parameter
-        groups that keep their values.
+      cfg: what `make_schedule` reads, weight_decay, clip_norm, beta1, beta2; optionally `frozen`: names of top-level
+        parameter groups that keep their values.
     Raises:
       UserError: the warm-up is too long, or (when it meets the parameters) a frozen group does not exist.
     """
@@ -82,7 +82,7 @@ def make_optimizer(cfg: Any) -> optax.GradientTransformation:
 
     adamw = optax.chain(
         optax.clip_by_global_norm(cfg.clip_norm),
-        optax.adamw(make_schedule(cfg), b2=cfg.beta2, weight_decay=cfg.weight_decay, mask=decayed),
+        optax.adamw(make_schedule(cfg), cfg.beta1, cfg.beta2, weight_decay=cfg.weight_decay, mask=decayed),
     )
     frozen = tuple(cfg.get("frozen", ()))
     if not frozen:

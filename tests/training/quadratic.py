@@ -60,8 +60,8 @@ class Quadratic:
 def config(**changes) -> ml_collections.ConfigDict:
     values = {
         "steps": 12, "seed": 0, "learning_rates": ((12, 0.2),), "warmup_steps": 2, "final_lr_share": 0.1,
-        "weight_decay": 0.0, "clip_norm": 1.0, "beta2": 0.99, "ema_decay": 0.9, "minutes": 0.0, "bad_steps": 3,
-        "mesh": {"data": 1}, "micro_batches": 1, "batches_ahead": 0,
+        "weight_decay": 0.0, "clip_norm": 1.0, "beta1": 0.9, "beta2": 0.99, "ema_decay": 0.9,
+        "minutes": 0.0, "bad_steps": 3, "mesh": {"data": 1}, "micro_batches": 1, "batches_ahead": 0,
         "log_every": 4, "eval_every": 6, "checkpoint_every": 5,
     }  # fmt: skip
     return ml_collections.ConfigDict({**values, **changes})

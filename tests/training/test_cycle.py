@@ -271,6 +271,12 @@ def test_a_cycle_of_unknown_keys_is_refused(make, tmp_path):
     cfg = ml_collections.ConfigDict({**make().cfg, "cycle": ({"name": "sft", "stpes": 3},), "review": review})
     with pytest.raises(UserError, match="cycle: stage 1 sets 'stpes', which is no key of the config"):
         cycle.train(cfg, tmp_path)
+    for stage, key in ((1, "negatives"), (2, "init_from"), (2, "silent_audio")):
+        stages = [{"name": "sft"}, {"name": "more"}]
+        stages[stage - 1][key] = make().cfg[key]
+        cfg = ml_collections.ConfigDict({**make().cfg, "cycle": tuple(stages), "review": review})
+        with pytest.raises(UserError, match=f"cycle: stage {stage} sets '{key}', which follows from the stages before"):
+            cycle.train(cfg, tmp_path)
     cfg = ml_collections.ConfigDict({**make().cfg, "cycle": ({"name": "sft"},), "review": {**review, "judge": "dice"}})
     with pytest.raises(UserError, match=r"judge must be one of person, metrics, got 'dice' \(section review\)"):
         cycle.train(cfg, tmp_path)

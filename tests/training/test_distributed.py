@@ -80,9 +80,9 @@ class Line:
 
 cfg = ml_collections.ConfigDict({
     "steps": 12, "seed": 0, "learning_rates": ((12, 0.2),), "warmup_steps": 2, "final_lr_share": 1.0,
-    "weight_decay": 0.0, "clip_norm": 1.0, "beta2": 0.99, "ema_decay": 0.9, "minutes": 0.0, "bad_steps": 3,
-    "mesh": {"data": 1}, "micro_batches": 1, "batches_ahead": 0, "log_every": 1, "eval_every": 4,
-    "checkpoint_every": 5,
+    "weight_decay": 0.0, "clip_norm": 1.0, "beta1": 0.9, "beta2": 0.99, "ema_decay": 0.9,
+    "minutes": 0.0, "bad_steps": 3, "mesh": {"data": 1}, "micro_batches": 1, "batches_ahead": 0, "log_every": 1,
+    "eval_every": 4, "checkpoint_every": 5,
 })
 assert loop.train(Line(), cfg, pathlib.Path(workdir)) == (signal.SIGTERM if int(stop) else 0)
 '''

@@ -203,6 +203,15 @@ def test_want_of_memory_in_a_step_is_one_line_that_says_what_saves_it(tmp_path, 
         loop.train(Quadratic(), config(), tmp_path)
 
 
+def test_want_of_memory_before_the_first_step_is_one_line_too(tmp_path, monkeypatch):
+    def fail(*args):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 2147483648 bytes.\nand so on")
+
+    monkeypatch.setattr(loop.train_state, "init_state", fail)
+    with pytest.raises(UserError, match=r"too little memory for the weights .*key mesh\).*2147483648 bytes\.$"):
+        loop.train(Quadratic(), config(), tmp_path)
+
+
 def test_a_run_that_goes_on_has_the_program_that_the_first_one_compiled(tmp_path, monkeypatch):
     """JAX compiles anew for arrays that are tied to a device, as those of a checkpoint are."""
     seen, make = [], loop.train_state.make_step

@@ -311,16 +311,18 @@ def test_a_model_that_heard_nothing_starts_silent(make, weights, tiny):
 
 @pytest.mark.parametrize("objective", ["ndpo", "ndpo_absolute", "dpo"])
 def test_preferences_make_negatives_less_likely(make, weights, review, objective):
-    keys = {"init_from": str(weights), "negatives": str(review), "objective": objective, "beta": 1.0}
+    keys = {"init_from": str(weights), "negatives": str(review), "objective": objective, "beta": 4.0}
     recipe = make(**keys, stages=((10, ((9, 2),)),))
     assert recipe.batch(1)["latents"].shape[0] == recipe.batch_size(1) == (4 if objective == "dpo" else 2)
     params, constants = recipe.init(), recipe.constants()
     value, metrics = jax.jit(recipe.loss)(params, constants, recipe.batch(3), jax.random.key(7))
     assert float(metrics["error_over_reference"].total) == pytest.approx(0.0, abs=1e-5)
+    preference = float(metrics["preference"].total / metrics["preference"].count)
+    assert float(value) == pytest.approx(preference / 4.0, rel=1e-5)  # gradients have the size of the errors'
     if objective != "ndpo_absolute":
-        assert float(value) == pytest.approx(np.log(2), rel=1e-4)  # the model is its own reference
+        assert preference == pytest.approx(np.log(2), rel=1e-4)  # the model is its own reference
     if objective == "ndpo":
-        before, after = losses_after(recipe, 8, 0.1)
+        before, after = losses_after(recipe, 2, 0.1)
         assert after < before
 
 

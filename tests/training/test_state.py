@@ -13,7 +13,7 @@ from emv3_jax.training import state as train_state
 
 CFG = {
     "steps": 20, "learning_rates": ((20, 0.1),), "warmup_steps": 2, "final_lr_share": 0.1, "weight_decay": 0.5,
-    "clip_norm": 1.0, "beta2": 0.9,
+    "clip_norm": 1.0, "beta1": 0.9, "beta2": 0.9,
 }  # fmt: skip
 
 
@@ -46,6 +46,15 @@ def test_the_moving_average_starts_fast_and_then_keeps_its_decay():
         np.testing.assert_allclose(state.params["w"], i + 1, rtol=1e-6)
         np.testing.assert_allclose(state.ema["w"], average, rtol=1e-6)
     assert int(state.step) == 4
+
+
+@pytest.mark.parametrize("beta1", [0.0, 0.9])
+def test_without_momentum_weights_stop_with_the_gradient(beta1):
+    """As a preference does that has nothing left to unlearn."""
+    optimizer = train_state.make_optimizer(config(beta1=beta1, weight_decay=0.0, warmup_steps=0))
+    _, opt_state = optimizer.update(jax.tree.map(jnp.ones_like, params()), optimizer.init(params()), params())
+    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params()), opt_state, params())
+    assert all(bool(jnp.any(leaf)) == (beta1 > 0) for leaf in jax.tree.leaves(updates))
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30])  # the last: a finite loss would overflow in the gradient's norm
