@@ -53,6 +53,8 @@ def join_others(options: argparse.Namespace) -> None:
         return
     import jax
 
+    # It would take SIGTERM for itself and do nothing; `training.loop` stops all processes together.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(*explicit)
     except (RuntimeError, ValueError) as error:

@@ -47,12 +47,13 @@ from emv3_jax.options import SamplingOptions
 from emv3_jax.pipeline import Pipeline
 from emv3_jax.puppets import clips, evaluation, metrics, prompts, world
 from emv3_jax.request import scaled
-from emv3_jax.training import cycle, negatives, recipes
+from emv3_jax.training import cycle, negatives, recipes, starts
 from emv3_jax.training import state as train_state
 from emv3_jax.training.dit_recipe import SFT, DiTRecipe
 
 CLIPS, FRAMES, FIRST_CLIP = 24, 65, 5000  # held-out puppets that nothing else uses
 NEGATIVES, BATCH = 32, 8
+LAST = 10  # steps over which what a preference has done is averaged
 MEASURES = {"sync": "up", "motion": "up", "identity": "down", "distance": "down", "seam": "down"}
 SEEDS, SCALE = 3, 1.0  # of the table; what other runs keep has their numbers in its name
 WINDOWS = {"steps": 8, "shift": 3.0, "text_scale": 2.0, "audio_scale": 2.0, "window": 33, "overlap": 3}
@@ -103,6 +104,7 @@ class Bench:
 
     def __init__(self, out: pathlib.Path, data: str, seeds: int, scale: float):
         self.out, self.seeds, self.scale = out, seeds, scale
+        self._rejected: dict[str, list[negatives.Negatives]] = {}
         cfg = puppet_base.get_config()
         cfg.data = data
         self.base, self.preset = cfg, recipes.preset_of(cfg)
@@ -111,9 +113,9 @@ class Bench:
     # Training.
 
     def recipe(self, cfg: Any, seed: int) -> DiTRecipe:
-        """A stage's recipe for one seed."""
+        """A stage's recipe for one seed, which is counted from the stage's own."""
         cfg = copied(cfg)
-        cfg.seed = seed
+        cfg.seed += seed
         made = DiTRecipe(cfg, self.preset)
         made.__dict__["data"] = self.data
         return made
@@ -134,7 +136,7 @@ class Bench:
         """The moving averages of a stage, stacked over seeds; trained unless they are kept from before."""
         cfg = self.shortened(cfg)
         some = [self.recipe(cfg, seed) for seed in range(self.seeds)]
-        path = self.out / "stages" / f"{name}.safetensors"
+        path = self._kept(name)
         if path.exists():
             return checkpoint.load_params(path)
         constants: dict[str, Any] = {}
@@ -147,44 +149,67 @@ class Bench:
         state = jax.vmap(lambda p, seed: train_state.init_state(p, optimizer, seed))(params, np.arange(self.seeds))
         update = train_state.make_update(some[0].loss, optimizer, cfg.ema_decay, 1, some[0].restarts())
         step_fn = train_state.make_step(jax.vmap(update, in_axes=(0, 0, 0)))
-        started = time.monotonic()
+        started, ahead = time.monotonic(), []
         for step in range(1, cfg.steps + 1):
             batch = stack([recipe.batch(step) for recipe in some])
             state, metrics_ = step_fn(state, constants, batch)
             if step % 50 == 0 or step == cfg.steps:
                 rate = step / (time.monotonic() - started)
                 loss = np.asarray(metrics_["loss"])
-                more = f" ahead of reference {mean_of(metrics_, 'error_over_reference')}" if constants else ""
-                print(f"  {name} {step}/{cfg.steps} {rate:.2f} steps/s loss {np.round(loss, 4)}{more}", flush=True)
+                print(f"  {name} {step}/{cfg.steps} {rate:.2f} steps/s loss {np.round(loss, 4)}", flush=True)
+            if constants and step > cfg.steps - LAST:
+                ahead.append(metrics_["error_over_reference"].total / metrics_["error_over_reference"].count)
+        if constants:
+            with atomic_path(path.with_suffix(".json")) as temporary:
+                temporary.write_text(json.dumps(np.mean(ahead, 0).tolist()))
         average = jax.device_get(state.ema)
         checkpoint.save_params(path, average)
         return average
 
-    def train(self, row: Row) -> Any:
-        """A row's weights, stacked over seeds. Stages that rows have in common are trained once."""
-        params = self.stage(run_name(f"base_{digest(self.base)}", self.seeds, self.scale), self.base, None)
-        params = {**params, "dit": jax.vmap(silent)(params["dit"])}
-        cfg = row.config.get_config()
+    def train(self, cfg: Any, stages: int | None = None) -> tuple[Any, str]:
+        """The weights of a cycle after so many stages (None: all), stacked over seeds, and the name they are kept by.
+        Stages that cycles have in common are trained once."""
+        name = run_name(f"base_{digest(self.base)}", self.seeds, self.scale)
+        params = self.stage(name, self.base, None)
+        params = {**params, "dit": jax.vmap(starts.silent)(params["dit"])}
+        cfg = copied(cfg)
         cfg.data = self.base.data
         done: list[Any] = [self.base.to_dict()]
-        for _, stage in cycle.stage_configs(cfg, pathlib.Path("x")):
-            rejected = None
-            if stage.objective != SFT:
-                rejected = [self.rejected(params, seed, stage) for seed in range(self.seeds)]
+        for _, stage in cycle.stage_configs(cfg, pathlib.Path("x"))[:stages]:
+            before = name
             done.append({key: value for key, value in stage.to_dict().items() if key not in ("cycle", "review")})
-            params = self.stage(digest([done, self.seeds, self.scale]), stage, params, rejected)
-        return params
+            name = digest([done, self.seeds, self.scale])
+            rejected = None
+            if stage.objective != SFT and not self._kept(name).exists():
+                rejected = self.rejected(params, before, stage)
+            params = self.stage(name, stage, params, rejected)
+        return params, name
 
-    def rejected(self, params: Any, seed: int, stage: Any) -> negatives.Negatives:
-        """Clips that the weights of a seed make anew, the worst of them for the stage's issue."""
+    def _kept(self, name: str) -> pathlib.Path:
+        return self.out / "stages" / f"{name}.safetensors"
+
+    def ahead(self, name: str) -> list[float]:
+        """By how much the errors of negatives were above the reference's in the last steps of a stage, of each seed."""
+        return json.loads(self._kept(name).with_suffix(".json").read_text())
+
+    def rejected(self, params: Any, name: str, stage: Any) -> list[negatives.Negatives]:
+        """Of each seed: clips that its weights make anew, the worst of them for the stage's issue. name: of the
+        weights."""
+        key = f"{name} {stage.issue} {stage.seed}"
+        if key not in self._rejected:
+            self._rejected[key] = [self._rejected_of(params, seed, stage) for seed in range(self.seeds)]
+        return self._rejected[key]
+
+    def _rejected_of(self, params: Any, seed: int, stage: Any) -> negatives.Negatives:
         recipe = self.recipe(stage, seed)
         pipe = recipe.make_pipeline(one(params, seed))
-        numbers = np.random.default_rng([seed, stage.steps]).permutation(len(self.data))[:NEGATIVES]
+        numbers = np.random.default_rng(recipe.cfg.seed).permutation(len(self.data))[:NEGATIVES]
+        seeds = [recipe.cfg.seed + int(number) for number in numbers]
         some, made, scores = self.data.examples(numbers), [], []
         for first in range(0, len(numbers), BATCH):
             part = some[first : first + BATCH]
-            seeds = range(1000 * seed + first, 1000 * seed + first + len(part))
-            latents = negatives.generate(pipe, SamplingOptions(**stage.sampling), part, "i2v", seeds)
+            options, its_seeds = SamplingOptions(**stage.sampling), seeds[first : first + BATCH]
+            latents = negatives.generate(pipe, options, part, "i2v", its_seeds)
             made += list(latents)
             for example, video in zip(part, evaluation.decode(pipe, latents.astype(np.float32)), strict=True):
                 scores.append(metrics.score_clip(video, negatives.puppet_of(example["id"].decode(), len(video))))
@@ -197,21 +222,20 @@ class Bench:
     def measure(self, key: str) -> list[dict[str, float]]:
         """A row's measures, one a seed; kept from before if they are."""
         path = self.out / f"{run_name(key, self.seeds, self.scale)}.json"
-        if path.exists():
-            return json.loads(path.read_text())
+        if (kept := kept_scores(path, key)) is not None:
+            return kept
         started, row = time.monotonic(), ROWS[key]
-        params = self.train(row)
-        cfg = row.config.get_config()
-        cfg.data = self.base.data
-        sampling = {**WINDOWS, **row.sampling}
-        found = [
-            self.score(self.recipe(cfg, seed).make_pipeline(one(params, seed)), sampling, row.png)
-            for seed in range(self.seeds)
-        ]
+        params, _ = self.train(row.config.get_config())
+        found = self.scores(params, {**WINDOWS, **row.sampling}, row.png, row.config.get_config())
         with atomic_path(path) as temporary:
-            temporary.write_text(json.dumps(found, indent=1))
+            temporary.write_text(json.dumps({"settings": settings(key), "seeds": found}, indent=1))
         print(f"{key}: {time.monotonic() - started:.0f} s", flush=True)
         return found
+
+    def scores(self, params: Any, sampling: dict[str, Any], png: bool, cfg: Any) -> list[dict[str, float]]:
+        """The measures of stacked weights, one a seed; cfg: what they were trained by."""
+        pipes = (self.recipe(cfg, seed).make_pipeline(one(params, seed)) for seed in range(self.seeds))
+        return [self.score(pipe, sampling, png) for pipe in pipes]
 
     def score(self, pipe: Pipeline, sampling: dict[str, Any], png: bool) -> dict[str, float]:
         """The measures of one set of weights."""
@@ -229,6 +253,24 @@ class Bench:
             truth.append(true)
         means = evaluation.means(rows)
         return {**means, "distance": metrics.frechet_distance(videos, truth)}
+
+
+def settings(key: str) -> str:
+    """A digest of all that a row's scores depend on, but for the program itself, the seeds and the scale."""
+    row = ROWS[key]
+    configs = [cfg.get_config().to_dict() for cfg in (puppet_base, row.config)]
+    return digest([configs, WINDOWS, row.sampling, row.png, CLIPS, FRAMES, FIRST_CLIP, NEGATIVES])
+
+
+def kept_scores(path: pathlib.Path, key: str) -> list[dict[str, float]] | None:
+    """A row's measures from before, one a seed. None: there are none, or they are of other settings, which is said."""
+    if not path.exists():
+        return None
+    kept = json.loads(path.read_text())
+    if kept["settings"] == settings(key):
+        return kept["seeds"]
+    print(f"note: {path} is of other settings than the row {key} has now, and is not used", flush=True)
+    return None
 
 
 def negative_prompts(clip: clips.Clip) -> dict[str, str]:
@@ -253,18 +295,6 @@ def one(params: Any, seed: int) -> Any:
     return jax.tree.map(lambda leaf: leaf[seed], params)
 
 
-def mean_of(metrics_: dict[str, Any], name: str) -> np.ndarray:
-    """A mean of every seed."""
-    return np.round(np.asarray(metrics_[name].total / metrics_[name].count), 4)
-
-
-def silent(params: Any) -> Any:
-    """As training.starts.silent."""
-    from emv3_jax.training import starts
-
-    return starts.silent(params)
-
-
 def copied(cfg: Any) -> ml_collections.ConfigDict:
     """A config of one's own."""
     return ml_collections.ConfigDict(cfg.to_dict())
@@ -273,6 +303,11 @@ def copied(cfg: Any) -> ml_collections.ConfigDict:
 def run_name(name: str, seeds: int, scale: float) -> str:
     """The name of what a run keeps, which says its seeds and scale unless they are those of the table."""
     return name if (seeds, scale) == (SEEDS, SCALE) else f"{name}_{seeds}seeds_x{scale:g}"
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and deviation over seeds."""
+    return f"{np.mean(values):.3f} ± {np.std(values, ddof=1) if len(values) > 1 else 0:.3f}"
 
 
 def digest(value: Any) -> str:
@@ -290,13 +325,10 @@ def table(out: pathlib.Path, seeds: int = SEEDS, scale: float = SCALE) -> str:
         "| --- " * (len(MEASURES) + 2) + "|",
     ]
     for key, row in ROWS.items():
-        if not (path := out / f"{run_name(key, seeds, scale)}.json").exists():
+        found = kept_scores(out / f"{run_name(key, seeds, scale)}.json", key)
+        if found is None:
             continue
-        found = json.loads(path.read_text())
-        cells = []
-        for name in MEASURES:
-            values = np.array([seed[name] for seed in found])
-            cells.append(f"{values.mean():.3f} ± {values.std(ddof=1) if len(values) > 1 else 0:.3f}")
+        cells = [spread([seed[name] for seed in found]) for name in MEASURES]
         lines.append(f"| {row.title} | {' | '.join(cells)} | {', '.join(map(str, row.paper))} |")
     return "\n".join(lines)
 

@@ -18,7 +18,7 @@ def get_config() -> ml_collections.ConfigDict:
         {
             "recipe": "dit",
             "preset": "demo",
-            "model": {},  # fields of the transformer's config that differ from the preset's, such as remat and dtype
+            "model": {"remat": ""},  # fields of the transformer's config, where they differ from the preset's
             "seed": 0,
             # weights
             "init_from": "",  # a folder of weights to go on from

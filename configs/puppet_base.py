@@ -16,7 +16,7 @@ STEPS = 1200
 
 def get_config() -> ml_collections.ConfigDict:
     cfg = demo_dit.get_config()
-    cfg.model = {"width": 96, "heads": 3, "layers": 4, "ffn": 288}
+    cfg.model = {"width": 96, "heads": 3, "layers": 4, "ffn": 288, "remat": ""}
     cfg.update(
         {
             "data": "data/puppets33",

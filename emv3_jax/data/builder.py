@@ -27,7 +27,7 @@ import numpy as np
 from emv3_jax.config import FPS
 from emv3_jax.data import examples, extra
 from emv3_jax.data.extract import Extractor, RawClip
-from emv3_jax.errors import UserError
+from emv3_jax.errors import UserError, short_of_memory
 from emv3_jax.files import atomic_path, reason
 
 FORMAT = "emv3_jax dataset 1"
@@ -191,7 +191,9 @@ def _write_shard(
                 if isinstance(clip, Dropped):
                     report["dropped"].append(dataclasses.asdict(clip))
                     continue
-                example = extractor.example(clip)
+                size = " x ".join(map(str, clip.video.shape[:3]))
+                with short_of_memory(f"a clip of {size}", "make shorter ones (--frames)"):
+                    example = extractor.example(clip)
                 if bad := not_finite(example):
                     why = f"not finite: {', '.join(bad)}"
                     report["dropped"].append(dataclasses.asdict(Dropped(clip.id, why, len(clip.video) / FPS)))

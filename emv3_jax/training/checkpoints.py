@@ -126,16 +126,20 @@ class Checkpoints:
                 f" {self._folder}, then give the same command again"
             ) from error
 
+    def steps(self) -> list[int]:
+        """Of what is there, damaged or whole."""
+        return sorted(self._manager.all_steps())
+
     def resume(self, state: TrainState) -> TrainState:
-        """The newest checkpoint that is whole, laid out as `state`, or `state` if there is none at all; damaged ones
-        are moved aside.
+        """The newest checkpoint that is whole, laid out as `state` (state.layout_of is enough), or `state` if there is
+        none at all; damaged ones are moved aside.
 
         Raises:
           UserError: all are damaged, one may be whole and could not be read, or the newest is of another model or
             optimizer, or of a program that kept no checksums.
         """
         damaged: dict[int, str] = {}
-        for step in sorted(self._manager.all_steps(), reverse=True):
+        for step in reversed(self.steps()):
             try:
                 restored = self._restored(step, state)
             except _Damaged as error:

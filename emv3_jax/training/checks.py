@@ -128,7 +128,9 @@ DIT: dict[str, Test] = {
 
 def _is_soup(soup: Any) -> bool:
     """Whether it is ((task, share), ...)."""
-    return bool(soup) and all(
+    if not isinstance(soup, Sequence) or not soup:
+        return False
+    return all(
         isinstance(pair, Sequence) and len(pair) == 2 and pair[0] in TRAINED_TASKS and POSITIVE[0](pair[1])
         for pair in soup
     )

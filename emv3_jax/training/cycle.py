@@ -1,6 +1,7 @@
 """The NDPO-SFT cycle (paper, Training Strategy): supervised stages and stages that unlearn one issue each, in turn.
 
-Every stage is an ordinary run in a folder of its own, which starts from the weights of the one before:
+Every stage is an ordinary run in a folder of its own, which starts from the weights of the one before, with a seed of
+its own (`seed_of`):
 
     WORKDIR/1_sft/           checkpoints, logs, weights
     WORKDIR/2_lips/review/   clips of the weights of stage 1, and what was said of them
@@ -15,14 +16,16 @@ A stage for whose issue nothing was rejected is passed over; the next one starts
 import json
 import pathlib
 import shutil
+import signal
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import ml_collections
+import numpy as np
 
-from emv3_jax import pipeline, weight_files
+from emv3_jax import weight_files
 from emv3_jax.data import builder, examples
 from emv3_jax.errors import UserError
 from emv3_jax.files import atomic_path
@@ -91,12 +94,13 @@ def _run(review: Any, folder: pathlib.Path, stage: Any) -> int | None:
             _write_done(folder, 0)
             return None
     loop.say(f"stage {folder.name}: {stage.objective}, {stage.steps} steps")
-    if stopped := loop.train(recipe, stage, folder):
-        return stopped
-    if stage.minutes and not (folder / "checkpoints" / str(stage.steps)).exists():
-        return _time_is_over(folder)
+    stopped = loop.train(recipe, stage, folder)
+    if not (folder / "checkpoints" / str(stage.steps)).exists():
+        return stopped or _time_is_over(folder)
     _write_done(folder, stage.steps)
-    return None
+    if stopped:  # in the last step, or while it was saved or scored
+        loop.say(f"stopped by {signal.Signals(stopped).name}; the same command goes on after stage {folder.name}")
+    return stopped or None
 
 
 def _copy(source: str, target: str) -> None:
@@ -173,6 +177,8 @@ def stage_configs(cfg: Any, workdir: pathlib.Path) -> list[tuple[pathlib.Path, A
                 )
             if unknown := sorted(set(changes) - set(stage)):
                 raise UserError(f"config key cycle: stage {number} sets {unknown[0]!r}, which is no key of the config")
+            if found and checks.whole(0)[0](stage.get("seed")):  # if not, `check` says so
+                stage.seed = seed_of(stage.seed, number)
             for key, value in changes.items():
                 if isinstance(value, Mapping | ml_collections.ConfigDict):
                     stage.update({key: value})  # a section's other keys stay
@@ -186,29 +192,43 @@ def stage_configs(cfg: Any, workdir: pathlib.Path) -> list[tuple[pathlib.Path, A
     return found
 
 
+def seed_of(seed: int, number: int) -> int:
+    """The seed of a later stage, by the cycle's: with the same one all stages would see the same clips, one after
+    another, with the same noise at the same times."""
+    return int(np.random.default_rng([seed, number]).integers(2**31))
+
+
+def _sampled(folder: pathlib.Path, count: int) -> bool:
+    """Whether a review folder lists so many clips or more, and all of them are whole. One that somebody else put
+    together, without a plan, is taken as it is."""
+    if not (folder / verdicts.CLIPS).exists() or not (folder / builder.PLAN).exists():
+        return (folder / verdicts.CLIPS).exists()
+    names = [row["id"] for row in verdicts.read_clips(folder)]
+    return len(names) >= count and all(negatives.is_made(folder, name) for name in names)
+
+
 def _reviewed(review: Any, stage: Any, recipe: DiTRecipe) -> bool:
     """Whether the stage's negatives are there; makes the clips and, where measures judge, the verdicts."""
     folder = pathlib.Path(stage.negatives)
     options = SamplingOptions(**stage.sampling)
     hashes = weight_files.weight_hashes(recipe.preset.name, stage.init_from, recipe.trained)
     plan = negatives.plan_of(recipe.preset, hashes, options, recipe.data, review.task, stage.seed)
-    if not (folder / verdicts.CLIPS).exists():
+    if (folder / builder.PLAN).exists():
+        builder.check_plan(folder, plan)
+    if not _sampled(folder, min(review.clips, len(recipe.data))):
         if jax.process_count() > 1:
             raise UserError(
                 f"the next stage unlearns clips that are not made yet: make them in one process (python -m"
                 f" emv3_jax.training.negatives --weights {stage.init_from} --out {folder} ...), then go on"
             )
-        pipe = recipe.make_pipeline(pipeline.load_models(recipe.preset, stage.init_from, recipe.trained))
+        pipe = recipe.make_sampler(stage.init_from)
         negatives.sample(pipe, options, recipe.data, folder, review.clips, review.batch, plan)
-    elif (folder / builder.PLAN).exists():
-        builder.check_plan(folder, plan)
     waiting = {row["id"] for row in verdicts.read_clips(folder)} - verdicts.read_verdicts(folder).keys()
     if not distributed.any_of(bool(waiting)):  # a person may be at it just now, so processes may see different things
         return True
     if review.judge == negatives.METRICS:
         if jax.process_index() == 0:
-            pipe = recipe.make_pipeline(pipeline.load_models(recipe.preset, stage.init_from, recipe.trained))
-            count = negatives.judge(pipe, folder, stage.issue, review.share)
+            count = negatives.judge(recipe.make_sampler(stage.init_from), folder, stage.issue, review.share)
             loop.say(f"{count} clips rejected for {stage.issue}: {folder}")
         distributed.wait()
         return True

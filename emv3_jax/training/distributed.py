@@ -89,6 +89,13 @@ def any_of(here: bool) -> bool:
     return bool(np.any(multihost_utils.process_allgather(np.asarray(here))))
 
 
+def largest(here: int) -> int:
+    """The largest of what the processes have; all of them must call it."""
+    if jax.process_count() == 1:
+        return here
+    return int(np.max(multihost_utils.process_allgather(np.asarray(here))))
+
+
 class Stopping:
     """Whether processes that train together stop: after the same step, whichever of them is asked to.
 

@@ -111,7 +111,7 @@ class DiTRecipe:
         """Opens the dataset or the negatives, plans the batches, and says what of it may not be expected."""
         notes = starts.notes(self.preset, self.cfg.init_from, self.phda)
         if self.cfg.objective == SFT:
-            notes += self._plan.notes()
+            notes += self._plan.notes() + self._cut_short()
         else:
             longest = max(self._kind(step)[0] for step in range(1, self.cfg.steps + 1))
             notes += self._negatives.notes(longest, self.preset)
@@ -119,6 +119,18 @@ class DiTRecipe:
         if jax.process_index() == 0:
             for note in notes:
                 print(f"note: {note}", flush=True)
+
+    def _cut_short(self) -> list[str]:
+        """A line if FLF2V is trained on batches of fewer frames than their clips have: the last one is not given."""
+        longest = max(bucket.frames for bucket in self.data.buckets)
+        steps = [step for step in range(1, self.cfg.steps + 1) if "flf2v" in dict(schedule.soup(self.cfg.tasks, step))]
+        cut = {frames for step in steps if (frames := self._kind(step)[0]) < longest}
+        if not cut:
+            return []
+        return [
+            f"clips have up to {longest} frames, of which batches of {' and '.join(map(str, sorted(cut)))} take the"
+            " first: the last one is not given there, so FLF2V is I2V (config keys stages and tasks)"
+        ]
 
     def restarts(self) -> tuple[int, ...]:
         """The steps after which other tasks join, if the weights go on from the moving average there."""
@@ -189,7 +201,9 @@ class DiTRecipe:
             )  # fmt: skip
             image = conditioning.encode_image(weights, self.preset, batch["image"], batch["has_image"])
         else:
-            text = jnp.where(no_text[..., None], self._null_text, batch["text"])
+            text = batch["text"]
+            if key is not None:
+                text = jnp.where(no_text[..., None], self._null_text, text)
             image = batch["image"] * batch["has_image"][:, None, None]
         return Conditions(batch["given"], text, image, audio, batch["face_mask"], jnp.ones(size))
 
@@ -255,6 +269,12 @@ class DiTRecipe:
         models = collections.ChainMap(weights, self._frozen_on(mesh))
         return pipeline.Pipeline(self.preset, models, self.phda, self.words, mesh)
 
+    def make_sampler(self, folder: str) -> pipeline.Pipeline:
+        """The pipeline with a folder's weights, for many clips in one process: the trained models and the VAE stay in
+        memory, the others are read when they are used."""
+        models = pipeline.load_models(self.preset, folder, self.trained)
+        return self.make_pipeline({**models, "vae": self.frozen["vae"]})
+
     def evaluate(self, params: Any, constants: Any) -> tuple[dict[str, float], dict[str, np.ndarray]]:
         """Held-out puppets, generated and scored; of presets that know none, a clip of the dataset, generated."""
         cfg, weights = self.cfg, self.weights(params, constants)
@@ -270,8 +290,10 @@ class DiTRecipe:
         return {f"heldout_{name}": value for name, value in evaluation.means(rows).items()}, seen
 
     def _generate(self, pipe: pipeline.Pipeline, options: SamplingOptions) -> np.ndarray:
-        """The first clip of the dataset, made again from its first frame, sound and caption: [F, H, W, 3] uint8."""
-        example = self.data.examples([0])[0]
+        """A clip of the dataset or of the negatives, the first, made again from its first frame, sound and caption:
+        [F, H, W, 3] uint8."""
+        preferred = self.cfg.objective != SFT  # who unlearns needs the review folder alone
+        example = self._negatives.rows[0] if preferred else self.data.examples([0])[0]
         request = pipeline.Request(
             image=example["image"], audio=example["wave"].astype(np.float32) / 32767,
             prompt=examples.text_of(example["caption"]),

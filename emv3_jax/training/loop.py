@@ -15,7 +15,7 @@ import numpy as np
 
 from emv3_jax import sharding
 from emv3_jax.data import batches
-from emv3_jax.errors import UserError, out_of_memory
+from emv3_jax.errors import UserError, out_of_memory, short_of_memory
 from emv3_jax.files import check_writable
 from emv3_jax.training import checkpoints, distributed
 from emv3_jax.training import state as train_state
@@ -78,8 +78,8 @@ def train(recipe: Recipe, cfg: Any, workdir: pathlib.Path) -> int:
         checks.run has nothing against.
       workdir: checkpoints, metrics.jsonl, TensorBoard events and the exported `weights/`.
     Returns:
-      The signal (SIGTERM, SIGINT) that stopped the run before its time, or 0. A stopped run has saved its last step.
-      A run that was stopped before its first step leaves everything as it was.
+      The signal (SIGTERM, SIGINT) that came, or 0; the last step that was taken is saved. A run that was stopped before
+      its first step leaves everything as it was.
     Raises:
       UserError: when the loss stays non-finite, a step needs more memory than a device has, `workdir` or the
         checkpoints in it cannot be used, or what belongs there cannot be written.
@@ -93,11 +93,13 @@ def train(recipe: Recipe, cfg: Any, workdir: pathlib.Path) -> int:
     check_writable(workdir / "metrics.jsonl")
     optimizer = train_state.make_optimizer(cfg)
     mesh = sharding.from_config(cfg.mesh)
-    with _short_of_memory("the weights and the optimizer's state", "divide them over more devices (config key mesh)"):
+    with short_of_memory("the weights and the optimizer's state", "divide them over more devices (config key mesh)"):
         state, shardings = _start(recipe, optimizer, cfg.seed, mesh)
         constants = _divided(recipe.constants, mesh)
     update = train_state.make_update(recipe.loss, optimizer, cfg.ema_decay, cfg.micro_batches, recipe.restarts())
     with checkpoints.opened(workdir) as kept:
+        if kept.steps():  # only how it is laid out matters then; kept, it would be a second state beside the saved one
+            state = train_state.layout_of(state)
         state = kept.resume(state)
         first = int(state.step)
         for line in distributed.undivided(map(recipe.batch_size, range(first + 1, cfg.steps + 1)), mesh):
@@ -115,18 +117,6 @@ def train(recipe: Recipe, cfg: Any, workdir: pathlib.Path) -> int:
         recipe.export(average, fixed, workdir / "weights")
     say(f"weights (moving average) at step {int(state.step)}: {workdir / 'weights'}")
     return stopped
-
-
-@contextlib.contextmanager
-def _short_of_memory(what: str, remedy: str) -> Iterator[None]:
-    """Makes a device's want of memory for `what` one line that says what helps."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not out_of_memory(error):
-            raise
-        first = str(error).splitlines()[0][:200]
-        raise UserError(f"a device has too little memory for {what}: {remedy}: {first}") from error
 
 
 def _start(recipe: Recipe, optimizer: Any, seed: int, mesh: jax.sharding.Mesh | None) -> tuple[TrainState, Any]:
@@ -174,7 +164,7 @@ class _Run:
             "take batches in more parts (config key micro_batches), keep less for the backward pass (model.remat, of a"
             " transformer), or divide the work over more devices (mesh)"
         )
-        with _short_of_memory("a training step", remedy):
+        with short_of_memory("a training step", remedy):
             try:
                 return self._turn(state, report)
             finally:
@@ -194,9 +184,11 @@ class _Run:
                     watch.look()  # saving waits for the steps anyway
                     if self.checkpoints.latest() != step:
                         report.flush()  # a run that goes on from here would not tell it
-                        self.checkpoints.save(step, state)
+                        with report.pause():
+                            self.checkpoints.save(step, state)
                 if step > first and step % cfg.eval_every == 0 and not stopping.signal:
-                    self._evaluate(step, state, signals)
+                    with report.pause():
+                        self._evaluate(step, state, signals)
                 if done:
                     break
                 # One of many processes goes on until all stop, for its steps need the others.
@@ -212,8 +204,8 @@ class _Run:
                     report.tell_previous()
         self.checkpoints.wait()
         report.flush()
-        stopped = stopping.signal if step < cfg.steps else 0
-        if stopped:
+        stopped = distributed.largest(next(iter(signals.received), 0))
+        if stopped and step < cfg.steps:
             say(f"stopped by {signal.Signals(stopped).name}; the same command goes on from here")
         return state, stopped
 
@@ -399,6 +391,14 @@ class _Report:
                 speeds["share_of_peak"] = self.flops / seconds / self.peak
         self.noted, self.pending = (step, now), (step, speeds, {**metrics, **self.means})
         self.means, self.tokens, self.flops = {}, 0, 0.0
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """What is done inside is no part of a step: speeds are without its time."""
+        started = time.monotonic()
+        yield
+        if self.noted:
+            self.noted = self.noted[0], self.noted[1] + time.monotonic() - started
 
     def flush(self) -> None:
         """Tells what was noted and not told."""

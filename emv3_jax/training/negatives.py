@@ -26,7 +26,7 @@ from emv3_jax.config import Preset
 from emv3_jax.data import builder, examples
 from emv3_jax.data.dataset import Dataset
 from emv3_jax.data.examples import Example
-from emv3_jax.errors import UserError
+from emv3_jax.errors import UserError, short_of_memory
 from emv3_jax.files import PathLike, atomic_path, check_writable
 from emv3_jax.options import SamplingOptions
 from emv3_jax.puppets import clips, evaluation, metrics
@@ -118,7 +118,18 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
         with np.load(path) as arrays:
             return {name: arrays[name] if arrays[name].ndim else arrays[name].item() for name in arrays.files}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"{path} is missing or damaged ({error}): sample the clips again") from error
+        raise UserError(
+            f"{path} is missing or damaged ({error}): sample the clips again, which makes it anew and keeps the others"
+        ) from error
+
+
+def is_made(folder: pathlib.Path, name: str) -> bool:
+    """Whether a clip's arrays and its video are there, and the arrays whole."""
+    try:
+        _read(folder / f"{name}.npz")
+    except UserError:
+        return False
+    return (folder / f"{name}.mp4").exists()
 
 
 def inputs(preset: Preset, some: Sequence[Example], task: str, words: Any) -> tuple[conditioning.Prepared, np.ndarray]:
@@ -222,12 +233,12 @@ def sample(
     pipe: pipeline.Pipeline, options: SamplingOptions, data: Dataset, folder: pathlib.Path, count: int, batch: int,
     plan: dict[str, Any],
 ) -> None:  # fmt: skip
-    """Makes `count` clips of a dataset anew into a review folder; those that are there already are kept.
+    """Makes `count` clips of a dataset anew into a review folder; those that are there and whole are kept.
 
     Args:
       plan: `plan_of` the pipeline's weights, the options and the dataset.
     Raises:
-      UserError: the folder holds clips of another plan, or of none.
+      UserError: the folder holds clips of another plan, or of none; the device has too little memory for a batch.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / builder.PLAN).exists() and any(folder.glob("*.npz")):
@@ -243,8 +254,10 @@ def sample(
         for first in range(0, len(some), batch):
             part = some[first : first + batch]
             names, seeds = [f"{number:06d}" for number in part], [seed + number for number in part]
-            if not all((folder / f"{name}.npz").exists() for name in names):
-                _make(pipe, options, data, folder, part, names, task, seeds)
+            if not all(is_made(folder, name) for name in names):
+                remedy = "make fewer at once (--batch, in a cycle config key review.batch) or shorter ones"
+                with short_of_memory(f"a batch of {len(part)} clips", remedy):
+                    _make(pipe, options, data, folder, part, names, task, seeds)
             rows += [
                 {"id": name, "video": f"{name}.mp4", "task": task, "clip": data.id(number), "seed": its_seed,
                  "prompt": examples.text_of(data.examples([number])[0]["caption"])}
@@ -323,7 +336,7 @@ def main(arguments: list[str]) -> int:
     if options.judge == METRICS:
         check_puppets(recipe.data.record)
     command_line.setup_compile_cache()
-    pipe = recipe.make_pipeline(pipeline.load_models(recipe.preset, options.weights, recipe.trained))
+    pipe = recipe.make_sampler(options.weights)
     sampling = SamplingOptions(**cfg.sampling)
     hashes = weight_files.weight_hashes(recipe.preset.name, options.weights, recipe.trained)
     plan = plan_of(recipe.preset, hashes, sampling, recipe.data, options.task, options.seed)

@@ -19,13 +19,18 @@ def kind_of_batch(stages: Stages, step: int) -> Any:
     return kinds[step % len(kinds)]
 
 
+def soup(tasks: Stages, step: int) -> Sequence[tuple[str, float]]:
+    """The tasks of a step and their shares, of ((last step, ((task, share), ...)), ...)."""
+    return _stage(tasks, step)
+
+
 def tasks_of_batch(tasks: Stages, step: int, size: int, seed: int) -> list[str]:
     """The task of each sample of a step's batch, of ((last step, ((task, share), ...)), ...).
 
     Shares are kept in every batch as nearly as its size allows, and which sample has which task is drawn: a batch of 8
     with shares of 3 to 1 has six and two.
     """
-    names, shares = zip(*_stage(tasks, step), strict=True)
+    names, shares = zip(*soup(tasks, step), strict=True)
     rng = np.random.default_rng([seed, step, 0x7A])
     edges = np.cumsum(shares) / np.sum(shares)
     places = (np.arange(size) + rng.uniform()) / size

@@ -103,6 +103,11 @@ def init_state(params: Params, optimizer: optax.GradientTransformation, seed: in
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), jax.tree.map(jnp.copy, params), key)
 
 
+def layout_of(state: Any) -> Any:
+    """Shapes, types and places of a state's arrays, without what is in them."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)
+
+
 def tree_shardings(tree: Any, mesh: jax.sharding.Mesh) -> Any:
     """Where each part of a state, or of parameters, lies on a mesh: optimizer and average are divided as parameters."""
 

@@ -107,6 +107,7 @@ BAD = {
     "picture": ("vae", {"picture": 68}, "picture must be a multiple of 8, got 68"),
     "no data": ("dit", {"data": ""}, "data must be the folder of a dataset"),
     "no tasks": ("dit", {"tasks": ()}, "tasks must be ((up to step, ((task, share above 0), ...)), ...)"),
+    "no soup": ("dit", {"tasks": ((9, 1.0),)}, "tasks must be"),
     "another task": ("dit", {"tasks": ((9, (("v2v", 1.0),)),)}, "tasks of t2v, i2v, flf2v, lipsync, got"),
     "task without a share": ("dit", {"tasks": ((9, (("i2v", 0.0),)),)}, "tasks must be"),
     "silent from nothing": ("dit", {"silent_audio": True}, "silent_audio starts from base weights"),
@@ -278,7 +279,7 @@ def test_stages_that_unlearn_are_as_ndpo_py_says():
 
 
 def test_what_is_wrong_in_every_stage_is_told_once():
-    cfg = command_line.load_config(CONFIGS / "puppet_full_cycle.py", {"beta2": "2.0", "review.judge": "person"})
+    cfg = command_line.load_config(CONFIGS / "puppet_full_cycle.py", {"clip_norm": "0.0", "review.judge": "person"})
     with pytest.raises(UserError) as info:
         cycle.check(cfg, cycle.stage_configs(cfg, pathlib.Path("x")))
-    assert str(info.value).count("beta2") == 1 and "(in 1_sft and 2_lips and 3_sft" in str(info.value)
+    assert str(info.value).count("clip_norm") == 1 and "(in 1_sft and 2_lips and 3_sft" in str(info.value)

@@ -2,6 +2,7 @@
 
 import pathlib
 import shutil
+import signal
 
 import jax
 import ml_collections
@@ -48,9 +49,26 @@ def test_an_interrupted_sampling_goes_on(make, weights, tiny, review, tmp_path):
     assert verdicts.read_clips(tmp_path) == verdicts.read_clips(review)
     assert (tmp_path / f"{first[0]['id']}.npz").stat().st_mtime_ns == untouched
     last = verdicts.read_clips(review)[3]["id"]
-    jax.tree.map(
+    same = lambda: jax.tree.map(  # noqa: E731
         np.testing.assert_array_equal, dict(np.load(tmp_path / f"{last}.npz")), dict(np.load(review / f"{last}.npz"))
     )
+    same()
+    (tmp_path / f"{last}.npz").write_bytes(b"PK\x03\x04 cut off")
+    assert not cycle._sampled(tmp_path, 4)
+    negatives.sample(pipe, SamplingOptions(steps=2), recipe.data, tmp_path, 4, 2, plan_of(recipe))
+    same()
+    assert cycle._sampled(tmp_path, 4) and not cycle._sampled(tmp_path, 5)
+    assert (tmp_path / f"{first[0]['id']}.npz").stat().st_mtime_ns == untouched
+
+
+def test_want_of_memory_for_a_batch_is_one_line(make, review, tmp_path, monkeypatch):
+    def fail(*args):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 2147483648 bytes.\nand so on")
+
+    recipe = make()
+    monkeypatch.setattr(negatives, "generate", fail)
+    with pytest.raises(UserError, match=r"too little memory for a batch of 2 clips: make fewer at once .*bytes\.$"):
+        negatives.sample(None, SamplingOptions(steps=2), recipe.data, tmp_path, 4, 2, plan_of(recipe))
 
 
 @pytest.mark.parametrize(
@@ -189,6 +207,28 @@ class FakeRuns:
         (folder / "weights" / "which").write_text(folder.name)
         (folder / "checkpoints" / str(stage.steps if done else 1)).mkdir(parents=True)
         return 0
+
+
+def test_every_stage_has_a_seed_of_its_own(cycle_config, tmp_path):
+    """With one seed all stages would see the same clips with the same noise."""
+    cycle_config.seed = 5
+    seeds = [stage.seed for _, stage in cycle.stage_configs(cycle_config, tmp_path)]
+    assert seeds[0] == 5 and len(set(seeds)) == 3
+    assert seeds == [stage.seed for _, stage in cycle.stage_configs(cycle_config, tmp_path / "other")]
+    cycle_config.cycle = (*cycle_config.cycle[:2], {**cycle_config.cycle[2], "seed": 8})
+    assert [stage.seed for _, stage in cycle.stage_configs(cycle_config, tmp_path)] == [*seeds[:2], 8]
+
+
+def test_a_signal_at_the_end_of_a_stage_ends_the_cycle_there(cycle_config, tmp_path, capsys, monkeypatch):
+    runs = FakeRuns(monkeypatch)
+    monkeypatch.setattr(negatives, "rejected", lambda folder, issue: [1])
+    monkeypatch.setattr(cycle.loop, "train", lambda *args: runs.train(*args) or signal.SIGTERM)
+    assert cycle.train(cycle_config, tmp_path) == signal.SIGTERM
+    said = "stopped by SIGTERM; the same command goes on after stage 1_sft\n"
+    assert capsys.readouterr().out.endswith(said) and not (tmp_path / "weights").exists()
+    monkeypatch.setattr(cycle.loop, "train", runs.train)
+    assert cycle.train(cycle_config, tmp_path) == 0
+    assert [name for name, _, _ in runs.seen] == ["1_sft", "2_lips", "3_sft"]
 
 
 def test_a_stage_without_negatives_is_passed_over(cycle_config, tmp_path, capsys, monkeypatch):

@@ -146,6 +146,29 @@ def test_two_processes_train_what_one_trains_and_either_goes_on_from_the_other(t
             np.testing.assert_allclose(row["tokens_per_second"], 8 * row["steps_per_second"], rtol=1e-6)
 
 
+STARTING = """
+import argparse, os, signal, sys
+from emv3_jax import command_line
+import train
+def main(arguments):
+    train.join_others(argparse.Namespace(coordinator=sys.argv[1], processes=1, process=0, distributed=False))
+    os.kill(os.getpid(), signal.SIGTERM)
+    signal.sigtimedwait([], 5)
+    return 5
+sys.exit(command_line.run_main(main))
+"""
+
+
+def test_a_process_of_several_can_be_stopped_while_it_starts():
+    """JAX would take SIGTERM for itself, and do nothing."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        place = f"localhost:{free.getsockname()[1]}"
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(pathlib.Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", STARTING, place], env=env, capture_output=True, text=True)
+    assert done.returncode == 128 + signal.SIGTERM and "terminated" in done.stderr, done
+
+
 def test_processes_ask_one_another_every_few_seconds(monkeypatch):
     """At 10 seconds a step after every one, at a tenth after as many as fit, and never after more than a line's."""
     now, asked = [0.0], []

@@ -70,6 +70,40 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_been(tmp_path, whole, capsys, m
     assert_same_run(tmp_path, whole)
 
 
+@pytest.mark.parametrize("when", ["step", "evaluate"])
+def test_a_signal_at_the_very_end_is_passed_on_and_the_run_is_whole(tmp_path, whole, capsys, monkeypatch, when):
+    """There may be more to do after this run: the next stage of a cycle."""
+    recipe = Quadratic()
+    if when == "evaluate":
+        count = iter(range(1, 100))
+        recipe.evaluate = lambda params, constants: next(count) < 2 or os.kill(os.getpid(), signal.SIGTERM)
+        monkeypatch.setattr(loop._Run, "_evaluate", lambda self, step, state, signals: signals.break_off(
+            lambda: recipe.evaluate(None, None)))  # fmt: skip
+    else:
+        make = loop.train_state.make_step
+        monkeypatch.setattr(loop.train_state, "make_step", lambda *args: stopping(make(*args), 12, signal.SIGTERM))
+    assert loop.train(recipe, config(), tmp_path) == signal.SIGTERM
+    assert "stopped by" not in capsys.readouterr().out
+    assert last_state(tmp_path)[0] == 12 and (tmp_path / "weights").exists()
+
+
+def test_a_run_goes_on_without_a_second_state_in_memory(tmp_path, monkeypatch):
+    loop.train(Quadratic(), config(steps=6), tmp_path)
+    seen, resume = [], loop.checkpoints.Checkpoints.resume
+    noting = lambda self, state: seen.extend(jax.tree.leaves(state)) or resume(self, state)  # noqa: E731
+    monkeypatch.setattr(loop.checkpoints.Checkpoints, "resume", noting)
+    assert loop.train(Quadratic(), config(), tmp_path) == 0
+    assert seen and all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in seen)
+
+
+def test_speeds_are_without_what_is_done_between_steps(tmp_path):
+    recipe = Quadratic()
+    recipe.evaluate = lambda params, constants: time.sleep(2) or ({}, {})
+    loop.train(recipe, config(), tmp_path)
+    rates = [row["steps_per_second"] for row in lines(tmp_path) if row["step"] in (8, 12) and "loss" in row]
+    assert len(rates) == 2 and min(rates) > 4  # 4 steps and an evaluation of 2 s between two lines
+
+
 def stopping(step_fn, at: int, number: int):
     """A step function that sends a signal while step `at` is taken."""
     numbers = iter(range(1, 100))

@@ -262,6 +262,15 @@ def test_frozen_models_that_are_gone_are_told(half_frozen, tmp_path, monkeypatch
         dict(pipeline.load_models(preset, half_frozen, ("dit",)))
 
 
+def test_flf2v_without_its_last_frame_is_told(make, capsys):
+    for tasks, cut in ((("i2v", "flf2v"), True), (("i2v", "lipsync"), False)):
+        make(steps=10, tasks=((10, tuple((name, 1.0) for name in tasks)),)).open()
+        said = "note: clips have up to 9 frames, of which batches of 5 take the first: the last one is not given there"
+        assert (said in capsys.readouterr().out) == cut
+    make(steps=10, stages=((10, ((9, 2),)),), tasks=((10, (("flf2v", 1.0),)),)).open()
+    assert "FLF2V" not in capsys.readouterr().out
+
+
 def test_data_of_another_vae_is_refused(make, tiny_pipeline, tmp_path):
     vae = tiny_pipeline.params["vae"]
     moved = {**vae, "to_moments": jax.tree.map(lambda x: 2 * x, vae["to_moments"])}
