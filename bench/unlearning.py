@@ -22,9 +22,7 @@ VARIANTS: dict[str, dict[str, Any] | None] = {
     "none": None,
     "as in the cycle: no momentum, rate 2e-4, beta 1000": {},
     "with momentum 0.9": {"beta1": 0.9},
-    "with momentum 0.9, rate 2e-5": {"beta1": 0.9, "learning_rates": ((puppet_full_cycle.UNLEARN, 2e-5),)},
     "beta 100": {"beta": 100.0},
-    "paired DPO": {"objective": "dpo"},
 }
 
 

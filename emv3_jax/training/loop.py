@@ -76,7 +76,7 @@ def train(recipe: Recipe, cfg: Any, workdir: pathlib.Path) -> int:
         checkpoint_every, mesh (sharding.from_config), micro_batches, batches_ahead (made before they are needed),
         minutes (stop after so long, 0: never), bad_steps (stop after so many non-finite steps); of values that
         checks.run has nothing against.
-      workdir: checkpoints, metrics.jsonl, TensorBoard events and the exported `weights/`.
+      workdir: checkpoints, config.json, metrics.jsonl, TensorBoard events and the exported `weights/`.
     Returns:
       The signal (SIGTERM, SIGINT) that came, or 0; the last step that was taken is saved. A run that was stopped before
       its first step leaves everything as it was.
@@ -107,6 +107,8 @@ def train(recipe: Recipe, cfg: Any, workdir: pathlib.Path) -> int:
         log = RunLog(workdir if jax.process_index() == 0 else None, first)
         run = _Run(recipe, cfg, constants, train_state.make_step(update, shardings), kept, log, mesh)
         try:
+            if changed := log.settings(cfg):
+                say(f"note: {changed}")
             state, stopped = run.crank(state)
         finally:
             log.close()

@@ -18,7 +18,7 @@ from emv3_jax.files import atomic_path, reason
 
 
 class RunLog:
-    """Writes scalars and images of a run into `workdir`: `metrics.jsonl` and TensorBoard event files.
+    """Writes scalars and images of a run into `workdir`: `metrics.jsonl` and TensorBoard event files; `config.json`.
 
     Args:
       workdir: made if it is not there. None: nothing is written (all processes but the first).
@@ -29,7 +29,7 @@ class RunLog:
     """
 
     def __init__(self, workdir: pathlib.Path | None, step: int = 0):
-        self._workdir = workdir
+        self._workdir, self._resumed = workdir, step > 0
         if workdir is None:
             return
         from tensorboardX.event_file_writer import EventsWriter
@@ -60,6 +60,24 @@ class RunLog:
 
         self._board.write_event(Event(wall_time=time.time(), step=step, **what))
         self._board.flush()
+
+    def settings(self, cfg: Any) -> str:
+        """Writes a run's config to `config.json`; says what was another one before, where a run goes on, or ""."""
+        if self._workdir is None:
+            return ""
+        path, now = self._workdir / "config.json", json.loads(json.dumps(cfg.to_dict(), default=str))
+        changed: list[str] = []
+        if self._resumed and path.exists():
+            with contextlib.suppress(OSError, ValueError):  # a damaged one has nothing to say
+                before = json.loads(path.read_text())
+                changed = [
+                    f"{key} was {_short(before.get(key))} and is {_short(now.get(key))}"
+                    for key in sorted(before.keys() | now.keys())
+                    if before.get(key) != now.get(key) and key != "minutes"
+                ]
+        with self._told(), atomic_path(path) as temporary:
+            temporary.write_text(json.dumps(now, indent=1) + "\n")
+        return f"the run goes on with other settings than before: {'; '.join(changed)}" if changed else ""
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """One line, one point a curve. JSON knows no infinity and no NaN: such values are null, and no points."""
@@ -135,3 +153,8 @@ def _is_of(line: str, step: int) -> bool:
         return line.endswith("\n") and json.loads(line)["step"] <= step
     except (ValueError, KeyError, TypeError):
         return False
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -96,6 +96,18 @@ def test_a_run_goes_on_without_a_second_state_in_memory(tmp_path, monkeypatch):
     assert seen and all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in seen)
 
 
+def test_a_run_that_goes_on_with_other_settings_says_so(tmp_path, capsys):
+    loop.train(Quadratic(), config(steps=6), tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["steps"] == 6
+    loop.train(Quadratic(), config(steps=6, minutes=5.0), tmp_path)
+    assert "other settings" not in capsys.readouterr().out
+    loop.train(Quadratic(), config(steps=6, seed=3, learning_rates=tuple((n, 0.1) for n in range(6, 60))), tmp_path)
+    said = "note: the run goes on with other settings than before: learning_rates was [[12, 0.2]] and is [[6, 0.1]"
+    out = capsys.readouterr().out
+    assert said in out and out.count("; seed was 0 and is 3\n") == 1
+    assert json.loads((tmp_path / "config.json").read_text())["seed"] == 3
+
+
 def test_speeds_are_without_what_is_done_between_steps(tmp_path):
     recipe = Quadratic()
     recipe.evaluate = lambda params, constants: time.sleep(2) or ({}, {})
@@ -288,7 +300,7 @@ def test_steps_that_are_taken_again_are_logged_once(tmp_path, whole):
     assert after[:8] == before[:8]
     distances = [[row["distance"] for row in rows if "distance" in row] for rows in (after, lines(whole))]
     assert distances[0] == distances[1]
-    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["metrics.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["config.json", "metrics.jsonl"]
     starts = [event.step for event in events(tmp_path) if event.HasField("session_log")]
     assert starts == [1, 8]  # TensorBoard shows no points from there on but those that follow
 
