@@ -52,7 +52,7 @@ from emv3_jax.training import state as train_state
 from emv3_jax.training.dit_recipe import SFT, DiTRecipe
 
 CLIPS, FRAMES, FIRST_CLIP = 24, 65, 5000  # held-out puppets that nothing else uses
-NEGATIVES, BATCH = 32, 8
+NEGATIVES, SHARE, BATCH = 32, 0.25, 8  # clips that a seed makes for a preference, how many of them are rejected
 LAST = 10  # steps over which what a preference has done is averaged
 MEASURES = {"sync": "up", "motion": "up", "identity": "down", "distance": "down", "seam": "down"}
 SEEDS, SCALE = 3, 1.0  # of the table; what other runs keep has their numbers in its name
@@ -146,7 +146,8 @@ class Bench:
                 recipe.__dict__["_negatives"] = negative
         optimizer = train_state.make_optimizer(cfg)
         params = stack([recipe.init() for recipe in some]) if start is None else start
-        state = jax.vmap(lambda p, seed: train_state.init_state(p, optimizer, seed))(params, np.arange(self.seeds))
+        seeds = np.array([recipe.cfg.seed for recipe in some], np.uint32)
+        state = jax.vmap(lambda p, seed: train_state.init_state(p, optimizer, seed))(params, seeds)
         update = train_state.make_update(some[0].loss, optimizer, cfg.ema_decay, 1, some[0].restarts())
         step_fn = train_state.make_step(jax.vmap(update, in_axes=(0, 0, 0)))
         started, ahead = time.monotonic(), []
@@ -178,6 +179,8 @@ class Bench:
         for _, stage in cycle.stage_configs(cfg, pathlib.Path("x"))[:stages]:
             before = name
             done.append({key: value for key, value in stage.to_dict().items() if key not in ("cycle", "review")})
+            if stage.objective != SFT:
+                done.append([NEGATIVES, SHARE])
             name = digest([done, self.seeds, self.scale])
             rejected = None
             if stage.objective != SFT and not self._kept(name).exists():
@@ -213,7 +216,7 @@ class Bench:
             made += list(latents)
             for example, video in zip(part, evaluation.decode(pipe, latents.astype(np.float32)), strict=True):
                 scores.append(metrics.score_clip(video, negatives.puppet_of(example["id"].decode(), len(video))))
-        bad = negatives.worst(scores, stage.issue, 0.25)
+        bad = negatives.worst(scores, stage.issue, SHARE)
         rows = [{**some[k], "latents": made[k], negatives.TRUE: some[k]["latents"]} for k in bad]
         return negatives.Negatives(rows, ["i2v"] * len(bad), [str(numbers[k]) for k in bad])
 
@@ -222,13 +225,14 @@ class Bench:
     def measure(self, key: str) -> list[dict[str, float]]:
         """A row's measures, one a seed; kept from before if they are."""
         path = self.out / f"{run_name(key, self.seeds, self.scale)}.json"
-        if (kept := kept_scores(path, key)) is not None:
+        settings = settings_of(key, self.base.data)
+        if (kept := kept_scores(path, settings)) is not None:
             return kept
         started, row = time.monotonic(), ROWS[key]
         params, _ = self.train(row.config.get_config())
         found = self.scores(params, {**WINDOWS, **row.sampling}, row.png, row.config.get_config())
         with atomic_path(path) as temporary:
-            temporary.write_text(json.dumps({"settings": settings(key), "seeds": found}, indent=1))
+            temporary.write_text(json.dumps({"settings": settings, "seeds": found}, indent=1))
         print(f"{key}: {time.monotonic() - started:.0f} s", flush=True)
         return found
 
@@ -255,21 +259,26 @@ class Bench:
         return {**means, "distance": metrics.frechet_distance(videos, truth)}
 
 
-def settings(key: str) -> str:
+def settings_of(key: str, data: str) -> str:
     """A digest of all that a row's scores depend on, but for the program itself, the seeds and the scale."""
     row = ROWS[key]
     configs = [cfg.get_config().to_dict() for cfg in (puppet_base, row.config)]
-    return digest([configs, WINDOWS, row.sampling, row.png, CLIPS, FRAMES, FIRST_CLIP, NEGATIVES])
+    return digest([configs, data, scored_on(row.sampling, row.png), NEGATIVES, SHARE])
 
 
-def kept_scores(path: pathlib.Path, key: str) -> list[dict[str, float]] | None:
-    """A row's measures from before, one a seed. None: there are none, or they are of other settings, which is said."""
+def scored_on(sampling: dict[str, Any], png: bool) -> str:
+    """A digest of how weights are scored."""
+    return digest([{**WINDOWS, **sampling}, png, CLIPS, FRAMES, FIRST_CLIP])
+
+
+def kept_scores(path: pathlib.Path, settings: str) -> list[dict[str, float]] | None:
+    """Measures from before, one a seed. None: there are none, or they are of other settings, which is said."""
     if not path.exists():
         return None
     kept = json.loads(path.read_text())
-    if kept["settings"] == settings(key):
+    if isinstance(kept, dict) and kept["settings"] == settings:
         return kept["seeds"]
-    print(f"note: {path} is of other settings than the row {key} has now, and is not used", flush=True)
+    print(f"note: {path} is of other settings than there are now, and is not used", flush=True)
     return None
 
 
@@ -316,8 +325,8 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
-def table(out: pathlib.Path, seeds: int = SEEDS, scale: float = SCALE) -> str:
-    """The rows that have been measured with so many seeds, at a scale."""
+def table(out: pathlib.Path, data: str, seeds: int = SEEDS, scale: float = SCALE) -> str:
+    """The rows that have been measured on some data with so many seeds, at a scale."""
     lines = [
         "| row | "
         + " | ".join(f"{name} ({way})" for name, way in MEASURES.items())
@@ -325,7 +334,7 @@ def table(out: pathlib.Path, seeds: int = SEEDS, scale: float = SCALE) -> str:
         "| --- " * (len(MEASURES) + 2) + "|",
     ]
     for key, row in ROWS.items():
-        found = kept_scores(out / f"{run_name(key, seeds, scale)}.json", key)
+        found = kept_scores(out / f"{run_name(key, seeds, scale)}.json", settings_of(key, data))
         if found is None:
             continue
         cells = [spread([seed[name] for seed in found]) for name in MEASURES]
@@ -347,7 +356,7 @@ def main(arguments: list[str]) -> int:
         bench = Bench(args.out, args.data, args.seeds, args.scale)
         for key in args.rows:
             bench.measure(key)
-    print(table(args.out, args.seeds, args.scale))
+    print(table(args.out, args.data, args.seeds, args.scale))
     return 0
 
 

@@ -11,7 +11,7 @@ import pathlib
 import sys
 from typing import Any
 
-from bench.table2 import SCALE, SEEDS, WINDOWS, Bench, spread
+from bench.table2 import SCALE, SEEDS, WINDOWS, Bench, kept_scores, scored_on, spread
 from configs import puppet_full_cycle
 from emv3_jax import command_line
 from emv3_jax.files import atomic_path
@@ -40,12 +40,12 @@ def cycle_with(changes: dict[str, Any] | None) -> Any:
 def measured(bench: Bench, cfg: Any, stages: int) -> tuple[str, list[dict[str, float]]]:
     """The name of a cycle's weights after so many stages, and the measures of each seed, kept if they are there."""
     params, name = bench.train(cfg, stages)
-    path = bench.out / "unlearning" / f"{name}.json"
-    if path.exists():
-        return name, json.loads(path.read_text())
+    path, settings = bench.out / "unlearning" / f"{name}.json", scored_on({}, True)
+    if (kept := kept_scores(path, settings)) is not None:
+        return name, kept
     found = bench.scores(params, WINDOWS, True, cfg)
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(found, indent=1))
+        temporary.write_text(json.dumps({"settings": settings, "seeds": found}, indent=1))
     return name, found
 
 

@@ -1,7 +1,11 @@
-"""The one exception that a command line turns into text on stderr and exit code 2, and one that may become it."""
+"""The one exception that a command line turns into text on stderr and exit code 2, one that may become it, and words
+for what differs."""
 
 import contextlib
-from collections.abc import Iterable, Iterator
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 
 class UserError(ValueError):
@@ -35,3 +39,23 @@ def short_of_memory(what: str, remedy: str) -> Iterator[None]:
             raise
         first = str(error).splitlines()[0][:200]
         raise UserError(f"a device has too little memory for {what}: {remedy}: {first}") from error
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """What differs between two sections of JSON, in words: of sections in them the keys, of lists the first rows."""
+    found = []
+    for key in {**there, **here}:
+        old, new = there.get(key), here.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += [f"{key}.{words}" for words in differences(old, new)]
+            continue
+        if isinstance(old, list) and isinstance(new, list):
+            old, new = next((pair for pair in itertools.zip_longest(old, new) if pair[0] != pair[1]), (None, None))
+        if old != new:
+            found.append(f"{key} {_short(old)} there and {_short(new)} now")
+    return found
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) < 60 else text[:57] + "..."

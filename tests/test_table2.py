@@ -4,6 +4,7 @@ import json
 from unittest import mock
 
 import numpy as np
+import pytest
 
 from bench import table2
 from configs import puppet_base, puppet_sft
@@ -42,16 +43,31 @@ def test_names_say_seeds_and_scale_unless_they_are_the_tables():
 def test_rows_of_other_runs_are_not_taken(tmp_path, monkeypatch):
     """A quick look and the table in one folder."""
     trained = []
-    monkeypatch.setattr(table2.Bench, "train", lambda self, row: trained.append(self.scale) or {})
+    monkeypatch.setattr(table2.Bench, "train", lambda self, cfg: trained.append(self.scale) or ({}, "weights"))
     monkeypatch.setattr(table2.Bench, "recipe", lambda self, cfg, seed: mock.Mock())
     scores = {name: 1.0 for name in table2.MEASURES}
     monkeypatch.setattr(table2.Bench, "score", lambda self, *args: {k: v * self.scale for k, v in scores.items()})
     for scale in (0.5, 1.0, 0.5):
         (row,) = bench(tmp_path, 1 if scale < 1 else 3, scale).measure("full")[:1]
         assert row["sync"] == scale
-    assert trained == [0.5, 1.0] and len(json.loads((tmp_path / "full.json").read_text())) == 3
-    assert "| everything | 1.000 ± 0.000 |" in table2.table(tmp_path)
-    assert "| everything | 0.500 ± 0.000 |" in table2.table(tmp_path, 1, 0.5)
+    assert trained == [0.5, 1.0] and len(json.loads((tmp_path / "full.json").read_text())["seeds"]) == 3
+    data = puppet_base.get_config().data
+    assert "| everything | 1.000 ± 0.000 |" in table2.table(tmp_path, data)
+    assert "| everything | 0.500 ± 0.000 |" in table2.table(tmp_path, data, 1, 0.5)
+
+
+@pytest.mark.parametrize("change", ["data", "scoring", "form"])
+def test_rows_of_other_settings_are_not_taken(tmp_path, capsys, monkeypatch, change):
+    data, rows = "data/a", [dict.fromkeys(table2.MEASURES, 1.0)] * 3
+    kept = {"settings": table2.settings_of("full", data), "seeds": rows}
+    (tmp_path / "full.json").write_text(json.dumps(kept))
+    assert "| everything | 1.000" in table2.table(tmp_path, data) and not capsys.readouterr().out
+    if change == "scoring":
+        monkeypatch.setitem(table2.WINDOWS, "steps", 9)
+    elif change == "form":
+        (tmp_path / "full.json").write_text(json.dumps(rows))
+    assert "everything" not in table2.table(tmp_path, "data/b" if change == "data" else data)
+    assert "full.json is of other settings than there are now, and is not used" in capsys.readouterr().out
 
 
 def test_stages_of_other_runs_are_not_taken(tmp_path, monkeypatch):
@@ -59,9 +75,9 @@ def test_stages_of_other_runs_are_not_taken(tmp_path, monkeypatch):
     monkeypatch.setattr(
         table2.Bench, "stage", lambda self, name, *rest: names.append(name) or {"dit": {"x": np.zeros((self.seeds, 1))}}
     )
-    row = table2.ROWS["sft_only"]
+    cfg = table2.ROWS["sft_only"].config.get_config()
     for seeds, scale in ((3, 1.0), (3, 0.5), (2, 1.0)):
-        bench(tmp_path, seeds, scale).train(row)
+        bench(tmp_path, seeds, scale).train(cfg)
     bases = [name for name in names if name.startswith("base_")]
     assert len(bases) == 3 and len(set(names)) == len(names)
     assert bases[0] == f"base_{table2.digest(puppet_base.get_config())}"  # as it was before other runs had names

@@ -14,7 +14,6 @@ import collections
 import contextlib
 import dataclasses
 import functools
-import itertools
 import json
 import tempfile
 import time
@@ -27,7 +26,7 @@ import numpy as np
 from emv3_jax.config import FPS
 from emv3_jax.data import examples, extra
 from emv3_jax.data.extract import Extractor, RawClip
-from emv3_jax.errors import UserError, short_of_memory
+from emv3_jax.errors import UserError, differences, short_of_memory
 from emv3_jax.files import atomic_path, reason
 
 FORMAT = "emv3_jax dataset 1"
@@ -162,23 +161,9 @@ def check_plan(folder: Path, plan: dict[str, Any]) -> None:
     except UserError as error:
         raise UserError(f"{error}: delete {folder} and begin anew, or give another --out") from error
     here = json.loads(json.dumps(plan))
-    different = [key for key in {**there, **here} if there.get(key) != here.get(key)]
-    if different:
-        pairs = {key: _first_difference(there.get(key), here.get(key)) for key in different}
-        what = "; ".join(f"{key} {_short(old)} there and {_short(new)} now" for key, (old, new) in pairs.items())
+    if different := differences(there, here):
+        what = "; ".join(different)
         raise UserError(f"{folder} is being made of something else ({what}): give another --out, or delete it")
-
-
-def _first_difference(there: Any, here: Any) -> tuple[Any, Any]:
-    """Of two lists the first rows that differ; of anything else itself."""
-    if isinstance(there, list) and isinstance(here, list):
-        return next((pair for pair in itertools.zip_longest(there, here) if pair[0] != pair[1]), (there, here))
-    return there, here
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) < 60 else text[:57] + "..."
 
 
 def _write_shard(

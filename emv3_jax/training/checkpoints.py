@@ -21,7 +21,7 @@ from emv3_jax.errors import UserError
 from emv3_jax.files import reason
 from emv3_jax.training import distributed
 from emv3_jax.training.distributed import say
-from emv3_jax.training.state import TrainState
+from emv3_jax.training.state import TrainState, layout_of
 
 ITEM = "default"  # Orbax's folder in that of a step
 CHECKSUMS = "checksums"
@@ -119,7 +119,7 @@ class Checkpoints:
             yield
         except Exception as error:  # Orbax passes on whatever its writers raise
             step, self._writing = self._writing, None
-            whole = [int(path.name) for path in self._folder.iterdir() if path.name.isdecimal()]
+            whole = steps_in(self._workdir)
             kept = f"step {max(whole)} is safe" if whole else "no other is there"
             raise UserError(
                 f"the checkpoint of step {step} could not be written: {_why(error)}; {kept}: make room at"
@@ -174,7 +174,7 @@ class Checkpoints:
                 f" ({'; '.join(differences[:3])}{more}): go on with the config that made it, or give another --workdir"
             )
         sums = jax.ShapeDtypeStruct((len(names),), np.uint32, sharding=state.key.sharding)
-        wanted = jax.tree.map(ocp.utils.to_shape_dtype_struct, vars(state)) | {CHECKSUMS: sums}
+        wanted = layout_of(vars(state)) | {CHECKSUMS: sums}
         saved = self._read(step, lambda: self._manager.restore(step, args=ocp.args.StandardRestore(wanted)))
         recorded = np.asarray(saved.pop(CHECKSUMS))
         restored = TrainState(**saved)
@@ -198,6 +198,11 @@ class Checkpoints:
         if distributed.any_of(bool(why)):
             raise _Damaged(why or "another process could not read it")
         return result
+
+
+def steps_in(workdir: pathlib.Path) -> list[int]:
+    """The steps whose checkpoints a run's folder holds."""
+    return [int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdecimal()]
 
 
 @contextlib.contextmanager

@@ -30,7 +30,7 @@ from emv3_jax.data import builder, examples
 from emv3_jax.errors import UserError
 from emv3_jax.files import atomic_path
 from emv3_jax.options import SamplingOptions
-from emv3_jax.training import checks, distributed, loop, negatives, recipes, verdicts
+from emv3_jax.training import checkpoints, checks, distributed, loop, negatives, recipes, verdicts
 from emv3_jax.training.dit_recipe import SFT, DiTRecipe
 
 DONE = "done.json"
@@ -95,7 +95,7 @@ def _run(review: Any, folder: pathlib.Path, stage: Any) -> int | None:
             return None
     loop.say(f"stage {folder.name}: {stage.objective}, {stage.steps} steps")
     stopped = loop.train(recipe, stage, folder)
-    if not (folder / "checkpoints" / str(stage.steps)).exists():
+    if max(checkpoints.steps_in(folder), default=0) < stage.steps:
         return stopped or _time_is_over(folder)
     _write_done(folder, stage.steps)
     if stopped:  # in the last step, or while it was saved or scored
@@ -201,9 +201,11 @@ def seed_of(seed: int, number: int) -> int:
 def _sampled(folder: pathlib.Path, count: int) -> bool:
     """Whether a review folder lists so many clips or more, and all of them are whole. One that somebody else put
     together, without a plan, is taken as it is."""
-    if not (folder / verdicts.CLIPS).exists() or not (folder / builder.PLAN).exists():
-        return (folder / verdicts.CLIPS).exists()
-    names = [row["id"] for row in verdicts.read_clips(folder)]
+    if not (folder / verdicts.CLIPS).exists():
+        return False
+    if not (folder / builder.PLAN).exists():
+        return True
+    names = [row["id"] for row in verdicts.read_clips(folder, videos=False)]
     return len(names) >= count and all(negatives.is_made(folder, name) for name in names)
 
 
@@ -218,11 +220,13 @@ def _reviewed(review: Any, stage: Any, recipe: DiTRecipe) -> bool:
     if not _sampled(folder, min(review.clips, len(recipe.data))):
         if jax.process_count() > 1:
             raise UserError(
-                f"the next stage unlearns clips that are not made yet: make them in one process (python -m"
-                f" emv3_jax.training.negatives --weights {stage.init_from} --out {folder} ...), then go on"
+                "the next stage unlearns clips that are not all made: make them in one process (python -m"
+                f" emv3_jax.training.negatives --config ... --weights {stage.init_from} --out {folder}"
+                f" --clips {review.clips} --batch {review.batch} --task {review.task} --seed {stage.seed}), then go on"
             )
-        pipe = recipe.make_sampler(stage.init_from)
-        negatives.sample(pipe, options, recipe.data, folder, review.clips, review.batch, plan)
+        negatives.sample(
+            recipe.make_sampler(stage.init_from), options, recipe.data, folder, review.clips, review.batch, plan
+        )
     waiting = {row["id"] for row in verdicts.read_clips(folder)} - verdicts.read_verdicts(folder).keys()
     if not distributed.any_of(bool(waiting)):  # a person may be at it just now, so processes may see different things
         return True

@@ -108,11 +108,11 @@ def train(recipe: Recipe, cfg: Any, workdir: pathlib.Path) -> int:
         run = _Run(recipe, cfg, constants, train_state.make_step(update, shardings), kept, log, mesh)
         try:
             if changed := log.settings(cfg):
-                say(f"note: {changed}")
+                say(f"note: the run goes on with other settings than before: {changed}")
             state, stopped = run.crank(state)
         finally:
             log.close()
-    if stopped and int(state.step) == first:
+    if stopped and int(state.step) == first and first < cfg.steps:
         return stopped
     average, fixed = distributed.to_host(state.ema), distributed.to_host(constants)
     if jax.process_index() == 0:
@@ -189,6 +189,7 @@ class _Run:
                         with report.pause():
                             self.checkpoints.save(step, state)
                 if step > first and step % cfg.eval_every == 0 and not stopping.signal:
+                    watch.look()
                     with report.pause():
                         self._evaluate(step, state, signals)
                 if done:
@@ -207,8 +208,10 @@ class _Run:
         self.checkpoints.wait()
         report.flush()
         stopped = distributed.largest(next(iter(signals.received), 0))
-        if stopped and step < cfg.steps:
-            say(f"stopped by {signal.Signals(stopped).name}; the same command goes on from here")
+        if stopped:
+            name = signal.Signals(stopped).name
+            going_on = f"stopped by {name}; the same command goes on from here"
+            say(going_on if step < cfg.steps else f"{name} came after the last step")
         return state, stopped
 
     def _rows(self, step: int) -> np.ndarray | None:
@@ -253,6 +256,7 @@ class _Run:
             say(f"note: step {step} was not evaluated, for want of memory: {str(error).splitlines()[0][:200]}")
             return
         if not seen:
+            say(f"note: step {step} was not evaluated, for a signal came")
             return
         scores, pictures = seen
         self.log.scalars(step, scores)

@@ -129,7 +129,8 @@ def is_made(folder: pathlib.Path, name: str) -> bool:
         _read(folder / f"{name}.npz")
     except UserError:
         return False
-    return (folder / f"{name}.mp4").exists()
+    video = folder / f"{name}.mp4"
+    return video.exists() and video.stat().st_size > 0
 
 
 def inputs(preset: Preset, some: Sequence[Example], task: str, words: Any) -> tuple[conditioning.Prepared, np.ndarray]:
@@ -278,6 +279,8 @@ def _make(
     latents = generate(pipe, options, some, task, seeds)
     videos = evaluation.decode(pipe, latents.astype(np.float32))
     for name, example, made, video in zip(names, some, latents, videos, strict=True):
+        if is_made(folder, name):  # and perhaps judged; it was made again to have a batch of one size
+            continue
         wave, (_, height, width, _) = example["wave"].astype(np.float32) / 32767, video.shape
         scale = max(1, 384 // height)
         with VideoWriter(folder / f"{name}.mp4", height, width, wave=wave, scale=scale) as writer:

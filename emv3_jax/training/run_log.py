@@ -13,8 +13,10 @@ import numpy as np
 from PIL import Image
 
 from emv3_jax.config import FPS
-from emv3_jax.errors import UserError
+from emv3_jax.errors import UserError, differences
 from emv3_jax.files import atomic_path, reason
+
+CONFIG = "config.json"
 
 
 class RunLog:
@@ -30,6 +32,7 @@ class RunLog:
 
     def __init__(self, workdir: pathlib.Path | None, step: int = 0):
         self._workdir, self._resumed = workdir, step > 0
+        self._config: dict[str, Any] | None = None  # to be written
         if workdir is None:
             return
         from tensorboardX.event_file_writer import EventsWriter
@@ -62,22 +65,20 @@ class RunLog:
         self._board.flush()
 
     def settings(self, cfg: Any) -> str:
-        """Writes a run's config to `config.json`; says what was another one before, where a run goes on, or ""."""
+        """Says what another config a run goes on with than before, or ""; `config.json` holds it from the first line
+        on that is told."""
         if self._workdir is None:
             return ""
-        path, now = self._workdir / "config.json", json.loads(json.dumps(cfg.to_dict(), default=str))
-        changed: list[str] = []
-        if self._resumed and path.exists():
-            with contextlib.suppress(OSError, ValueError):  # a damaged one has nothing to say
-                before = json.loads(path.read_text())
-                changed = [
-                    f"{key} was {_short(before.get(key))} and is {_short(now.get(key))}"
-                    for key in sorted(before.keys() | now.keys())
-                    if before.get(key) != now.get(key) and key != "minutes"
-                ]
-        with self._told(), atomic_path(path) as temporary:
-            temporary.write_text(json.dumps(now, indent=1) + "\n")
-        return f"the run goes on with other settings than before: {'; '.join(changed)}" if changed else ""
+        self._config = {key: json.loads(json.dumps(value, default=str)) for key, value in cfg.to_dict().items()}
+        before: Any = None
+        if self._resumed:
+            with contextlib.suppress(OSError, ValueError):  # a missing or damaged one has nothing to say
+                before = json.loads((self._workdir / CONFIG).read_text())
+        if not isinstance(before, dict):
+            return ""
+        # The time is no matter of what is learnt, and of a cycle only this stage is looked at.
+        of_run = lambda some: {key: some[key] for key in some if key not in ("minutes", "cycle", "review")}  # noqa: E731
+        return "; ".join(differences(of_run(before), of_run(self._config)))
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """One line, one point a curve. JSON knows no infinity and no NaN: such values are null, and no points."""
@@ -97,6 +98,10 @@ class RunLog:
             return
         line = {"step": step, "seconds": round(time.time() - self._start, 1), **values}
         with self._told():
+            if self._config is not None:
+                with atomic_path(self._workdir / CONFIG) as temporary:
+                    temporary.write_text(json.dumps(self._config, indent=1) + "\n")
+                self._config = None
             self._lines.write(json.dumps(line, allow_nan=False) + "\n")
             self._lines.flush()
 
@@ -153,8 +158,3 @@ def _is_of(line: str, step: int) -> bool:
         return line.endswith("\n") and json.loads(line)["step"] <= step
     except (ValueError, KeyError, TypeError):
         return False
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -32,15 +32,15 @@ class Verdict:
     by: str = ""
 
 
-def read_clips(folder: PathLike) -> list[dict[str, Any]]:
+def read_clips(folder: PathLike, videos: bool = True) -> list[dict[str, Any]]:
     """The rows of clips.jsonl, in their order; keys that are not known here stay in them.
 
     Raises:
-      UserError: the folder, the file or a video is not there, a line is damaged, an id stands twice, or an id or the
-        name of a video is not a plain file name.
+      UserError: the folder, the file or (where they are asked for) a video is not there, a line is damaged, an id
+        stands twice, or an id or the name of a video is not a plain file name.
     """
     rows = _rows(pathlib.Path(folder))
-    for place, row in rows:
+    for place, row in rows if videos else ():
         check_readable(pathlib.Path(folder) / row["video"], f"{place}: video")
     return [row for _, row in rows]
 

@@ -58,7 +58,11 @@ def test_an_interrupted_sampling_goes_on(make, weights, tiny, review, tmp_path):
     negatives.sample(pipe, SamplingOptions(steps=2), recipe.data, tmp_path, 4, 2, plan_of(recipe))
     same()
     assert cycle._sampled(tmp_path, 4) and not cycle._sampled(tmp_path, 5)
-    assert (tmp_path / f"{first[0]['id']}.npz").stat().st_mtime_ns == untouched
+    (tmp_path / f"{first[1]['id']}.mp4").unlink()
+    assert not cycle._sampled(tmp_path, 4)
+    negatives.sample(pipe, SamplingOptions(steps=2), recipe.data, tmp_path, 4, 2, plan_of(recipe))
+    assert cycle._sampled(tmp_path, 4)
+    assert (tmp_path / f"{first[0]['id']}.npz").stat().st_mtime_ns == untouched  # of the same batch, and whole
 
 
 def test_want_of_memory_for_a_batch_is_one_line(make, review, tmp_path, monkeypatch):

@@ -13,7 +13,9 @@ import orbax.checkpoint as ocp
 
 from emv3_jax.training import distributed
 
+ENV = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(pathlib.Path(__file__).parents[2])}
 PROGRAM = '''
+import argparse
 import os
 import pathlib
 import signal
@@ -22,13 +24,15 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+import train
 from emv3_jax import checkpoint
 from emv3_jax.training import loop
 
 port, process, processes, stop, workdir = sys.argv[1:]
 jax.config.update("jax_num_cpu_devices", 4 // int(processes))
 if int(processes) > 1:
-    jax.distributed.initialize(f"localhost:{port}", int(processes), int(process))
+    given = {"coordinator": f"localhost:{port}", "processes": int(processes), "process": int(process)}
+    train.join_others(argparse.Namespace(**given, distributed=False))
 
 
 class Line:
@@ -96,7 +100,7 @@ def train(workdir: pathlib.Path, processes: int, stop: int = 0) -> str:
     running = [
         subprocess.Popen(
             [sys.executable, "-c", PROGRAM, port, str(process), str(processes), str(stop), str(workdir)],
-            env={**os.environ, "JAX_PLATFORMS": "cpu"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
         for process in range(processes)
     ]  # fmt: skip
@@ -164,8 +168,7 @@ def test_a_process_of_several_can_be_stopped_while_it_starts():
     with socket.socket() as free:
         free.bind(("localhost", 0))
         place = f"localhost:{free.getsockname()[1]}"
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(pathlib.Path(__file__).parents[2])}
-    done = subprocess.run([sys.executable, "-c", STARTING, place], env=env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", STARTING, place], env=ENV, capture_output=True, text=True)
     assert done.returncode == 128 + signal.SIGTERM and "terminated" in done.stderr, done
 
 

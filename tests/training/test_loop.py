@@ -5,6 +5,7 @@ import os
 import signal
 import struct
 import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -73,18 +74,17 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_been(tmp_path, whole, capsys, m
 @pytest.mark.parametrize("when", ["step", "evaluate"])
 def test_a_signal_at_the_very_end_is_passed_on_and_the_run_is_whole(tmp_path, whole, capsys, monkeypatch, when):
     """There may be more to do after this run: the next stage of a cycle."""
-    recipe = Quadratic()
+    recipe, evaluate, count = Quadratic(), Quadratic().evaluate, iter(range(1, 100))
     if when == "evaluate":
-        count = iter(range(1, 100))
-        recipe.evaluate = lambda params, constants: next(count) < 2 or os.kill(os.getpid(), signal.SIGTERM)
-        monkeypatch.setattr(loop._Run, "_evaluate", lambda self, step, state, signals: signals.break_off(
-            lambda: recipe.evaluate(None, None)))  # fmt: skip
+        recipe.evaluate = lambda *given: evaluate(*given) if next(count) < 2 else os.kill(os.getpid(), signal.SIGTERM)
     else:
         make = loop.train_state.make_step
         monkeypatch.setattr(loop.train_state, "make_step", lambda *args: stopping(make(*args), 12, signal.SIGTERM))
     assert loop.train(recipe, config(), tmp_path) == signal.SIGTERM
-    assert "stopped by" not in capsys.readouterr().out
-    assert last_state(tmp_path)[0] == 12 and (tmp_path / "weights").exists()
+    out = capsys.readouterr().out
+    assert "stopped by" not in out and "SIGTERM came after the last step" in out
+    assert "note: step 12 was not evaluated, for a signal came" in out
+    assert_same_run(tmp_path, whole)
 
 
 def test_a_run_goes_on_without_a_second_state_in_memory(tmp_path, monkeypatch):
@@ -101,19 +101,33 @@ def test_a_run_that_goes_on_with_other_settings_says_so(tmp_path, capsys):
     assert json.loads((tmp_path / "config.json").read_text())["steps"] == 6
     loop.train(Quadratic(), config(steps=6, minutes=5.0), tmp_path)
     assert "other settings" not in capsys.readouterr().out
-    loop.train(Quadratic(), config(steps=6, seed=3, learning_rates=tuple((n, 0.1) for n in range(6, 60))), tmp_path)
-    said = "note: the run goes on with other settings than before: learning_rates was [[12, 0.2]] and is [[6, 0.1]"
-    out = capsys.readouterr().out
-    assert said in out and out.count("; seed was 0 and is 3\n") == 1
+    loop.train(Quadratic(), config(steps=8, seed=3, learning_rates=((6, 0.1), (12, 0.1)), warmup_steps=0), tmp_path)
+    (line,) = (row for row in capsys.readouterr().out.splitlines() if "other settings than before: " in row)
+    told = {"steps 6", "seed 0", "learning_rates [12, 0.2]", "warmup_steps 2"}
+    assert {words.partition(" there and ")[0] for words in line.partition("before: ")[2].split("; ")} == told
+    assert "seed 0 there and 3 now" in line and "learning_rates [12, 0.2] there and [6, 0.1] now" in line
     assert json.loads((tmp_path / "config.json").read_text())["seed"] == 3
+    (tmp_path / "config.json").write_text("[]")
+    loop.train(Quadratic(), config(steps=9), tmp_path)
+    assert "other settings" not in capsys.readouterr().out
 
 
-def test_speeds_are_without_what_is_done_between_steps(tmp_path):
-    recipe = Quadratic()
-    recipe.evaluate = lambda params, constants: time.sleep(2) or ({}, {})
+def test_a_run_that_took_no_step_leaves_the_config_of_the_last_one(tmp_path):
+    loop.train(Quadratic(), config(steps=6), tmp_path)
+    stop = Quadratic(before_batch=lambda step: os.kill(os.getpid(), signal.SIGINT))
+    assert loop.train(stop, config(steps=8, seed=3), tmp_path) == signal.SIGINT
+    assert json.loads((tmp_path / "config.json").read_text())["seed"] == 0
+
+
+def test_speeds_are_without_what_is_done_between_steps(tmp_path, monkeypatch):
+    """An evaluation of 1000 s lies between the lines of steps 4 and 8."""
+    recipe, spent = Quadratic(), []
+    clock = types.SimpleNamespace(monotonic=lambda: time.monotonic() + 1000 * len(spent))
+    monkeypatch.setattr(loop, "time", clock)
+    recipe.evaluate = lambda params, constants: spent.append(1) or ({}, {})
     loop.train(recipe, config(), tmp_path)
-    rates = [row["steps_per_second"] for row in lines(tmp_path) if row["step"] in (8, 12) and "loss" in row]
-    assert len(rates) == 2 and min(rates) > 4  # 4 steps and an evaluation of 2 s between two lines
+    (rate,) = (row["steps_per_second"] for row in lines(tmp_path) if row["step"] == 8 and "loss" in row)
+    assert len(spent) == 2 and rate > 4 / 500
 
 
 def stopping(step_fn, at: int, number: int):
