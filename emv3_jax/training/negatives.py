@@ -239,9 +239,10 @@ def sample(
     Args:
       plan: `plan_of` the pipeline's weights, the options and the dataset.
     Raises:
-      UserError: the folder holds clips of another plan, or of none; the device has too little memory for a batch.
+      UserError: the folder holds clips of another plan, or of none, or cannot be written; the device has too little
+        memory for a batch.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    check_writable(folder / verdicts.CLIPS)
     if not (folder / builder.PLAN).exists() and any(folder.glob("*.npz")):
         raise UserError(f"{folder} holds clips without a {builder.PLAN} that says what made them: give another --out")
     builder.check_plan(folder, plan)

@@ -65,6 +65,12 @@ def test_an_interrupted_sampling_goes_on(make, weights, tiny, review, tmp_path):
     assert (tmp_path / f"{first[0]['id']}.npz").stat().st_mtime_ns == untouched  # of the same batch, and whole
 
 
+def test_a_folder_that_cannot_be_is_told(make, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"lies under .*file, which is a file"):
+        negatives.sample(None, SamplingOptions(), make().data, tmp_path / "file" / "review", 4, 2, plan_of(make()))
+
+
 def test_want_of_memory_for_a_batch_is_one_line(make, review, tmp_path, monkeypatch):
     def fail(*args):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 2147483648 bytes.\nand so on")
