@@ -22,7 +22,6 @@ VARIANTS: dict[str, dict[str, Any] | None] = {
     "none": None,
     "as in the cycle: no momentum, rate 2e-4, beta 1000": {},
     "with momentum 0.9": {"beta1": 0.9},
-    "beta 100": {"beta": 100.0},
 }
 
 
