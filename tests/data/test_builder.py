@@ -8,8 +8,10 @@ import subprocess
 import sys
 import textwrap
 import threading
+import types
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -63,6 +65,16 @@ def test_a_finished_dataset_is_not_made_again(source, no_models, tmp_path):
     assert build(source(), None, tmp_path, lines=lines) == first  # no extractor: nothing is looked at
     assert lines == [f"{tmp_path} is complete already"]
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
+
+
+def test_want_of_memory_for_a_clip_is_one_line_and_leaves_no_shard(source, no_models, tmp_path):
+    def fail(clip):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 2147483648 bytes.\nand so on")
+
+    extractor = types.SimpleNamespace(preset=no_models.preset, example=fail)
+    with pytest.raises(UserError, match=r"too little memory for a clip of 9 x 32 x 32: make shorter ones .*bytes\.$"):
+        build(source(), extractor, tmp_path)
+    assert names(tmp_path) == ["plan.json"]
 
 
 def test_an_interrupted_shard_leaves_nothing_and_is_made_again(source, no_models, tmp_path, whole, tiny, clip):

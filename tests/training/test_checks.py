@@ -278,6 +278,12 @@ def test_stages_that_unlearn_are_as_ndpo_py_says():
             assert {key: stage.get(key) for key in wanted} == wanted
 
 
+@pytest.mark.parametrize("name", ["demo_dit", "puppet_full_cycle", "sft_1b"])
+def test_remat_can_be_set_from_the_command_line(name):
+    cfg = command_line.load_config(CONFIGS / f"{name}.py", {"model.remat": "dots"})
+    assert recipes.preset_of(cfg).dit.remat == "dots"
+
+
 def test_what_is_wrong_in_every_stage_is_told_once():
     cfg = command_line.load_config(CONFIGS / "puppet_full_cycle.py", {"clip_norm": "0.0", "review.judge": "person"})
     with pytest.raises(UserError) as info:
