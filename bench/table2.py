@@ -20,7 +20,7 @@ import json
 import pathlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -225,21 +225,25 @@ class Bench:
     def measure(self, key: str) -> list[dict[str, float]]:
         """A row's measures, one a seed; kept from before if they are."""
         path = self.out / f"{run_name(key, self.seeds, self.scale)}.json"
-        settings = settings_of(key, self.base.data)
+        row, settings = ROWS[key], settings_of(key, self.base.data)
+        cfg = row.config.get_config()
+        return self.scores(path, settings, lambda: self.train(cfg)[0], cfg, row.sampling, row.png)
+
+    def scores(
+        self, path: pathlib.Path, settings: str, weights: Callable[[], Any], cfg: Any, sampling: dict[str, Any],
+        png: bool,
+    ) -> list[dict[str, float]]:  # fmt: skip
+        """The measures of stacked weights, one a seed, which are kept at `path`; taken from there if they are of the
+        same settings. cfg: what the weights are trained by."""
         if (kept := kept_scores(path, settings)) is not None:
             return kept
-        started, row = time.monotonic(), ROWS[key]
-        params, _ = self.train(row.config.get_config())
-        found = self.scores(params, {**WINDOWS, **row.sampling}, row.png, row.config.get_config())
-        with atomic_path(path) as temporary:
-            temporary.write_text(json.dumps({"settings": settings, "seeds": found}, indent=1))
-        print(f"{key}: {time.monotonic() - started:.0f} s", flush=True)
-        return found
-
-    def scores(self, params: Any, sampling: dict[str, Any], png: bool, cfg: Any) -> list[dict[str, float]]:
-        """The measures of stacked weights, one a seed; cfg: what they were trained by."""
+        started, params = time.monotonic(), weights()
         pipes = (self.recipe(cfg, seed).make_pipeline(one(params, seed)) for seed in range(self.seeds))
-        return [self.score(pipe, sampling, png) for pipe in pipes]
+        found = [self.score(pipe, {**WINDOWS, **sampling}, png) for pipe in pipes]
+        with atomic_path(path) as temporary:
+            temporary.write_text(json.dumps({"settings": settings, "seeds": found}, indent=1) + "\n")
+        print(f"{path.stem}: {time.monotonic() - started:.0f} s", flush=True)
+        return found
 
     def score(self, pipe: Pipeline, sampling: dict[str, Any], png: bool) -> dict[str, float]:
         """The measures of one set of weights."""

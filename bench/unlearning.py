@@ -6,15 +6,13 @@ errors of the negatives have risen above the reference's, and sync, identity and
 `bench.table2`, right after the stage and after the SFT that follows it.
 """
 
-import json
 import pathlib
 import sys
 from typing import Any
 
-from bench.table2 import SCALE, SEEDS, WINDOWS, Bench, kept_scores, scored_on, spread
+from bench.table2 import SCALE, SEEDS, Bench, scored_on, spread
 from configs import puppet_full_cycle
 from emv3_jax import command_line
-from emv3_jax.files import atomic_path
 from emv3_jax.training import cycle
 
 MEASURES = ("sync", "identity", "distance")
@@ -39,13 +37,8 @@ def cycle_with(changes: dict[str, Any] | None) -> Any:
 def measured(bench: Bench, cfg: Any, stages: int) -> tuple[str, list[dict[str, float]]]:
     """The name of a cycle's weights after so many stages, and the measures of each seed, kept if they are there."""
     params, name = bench.train(cfg, stages)
-    path, settings = bench.out / "unlearning" / f"{name}.json", scored_on({}, True)
-    if (kept := kept_scores(path, settings)) is not None:
-        return name, kept
-    found = bench.scores(params, WINDOWS, True, cfg)
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps({"settings": settings, "seeds": found}, indent=1))
-    return name, found
+    path = bench.out / "unlearning" / f"{name}.json"
+    return name, bench.scores(path, scored_on({}, True), lambda: params, cfg, {}, True)
 
 
 def main(arguments: list[str]) -> int:

@@ -11,10 +11,9 @@ compares it with what it leaves out (python -m bench.table2).
 
 import ml_collections
 
-from configs import puppet_sft
+from configs import puppet_ndpo, puppet_sft
 
 MORE = 160  # steps of a later SFT stage
-UNLEARN = 40  # of a Negative DPO stage
 
 
 def _sft(name: str) -> dict:
@@ -23,9 +22,10 @@ def _sft(name: str) -> dict:
 
 
 def _unlearn(issue: str) -> dict:
-    return {"name": issue, "objective": "ndpo", "issue": issue, "beta": 1000.0, "inter_task_ema": False,
-            "steps": UNLEARN, "stages": ((UNLEARN, ((33, 8),)),), "learning_rates": ((UNLEARN, 2e-4),),
-            "beta1": 0.0, "beta2": 0.999, "warmup_steps": 5}  # fmt: skip
+    keys = ("objective", "beta", "inter_task_ema", "steps", "stages", "learning_rates", "beta1", "beta2",
+            "warmup_steps")  # fmt: skip
+    cfg = puppet_ndpo.get_config()
+    return {"name": issue, "issue": issue, **{key: cfg[key] for key in keys}}
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -84,9 +84,7 @@ def local_mesh() -> Mesh | None:
 
 def any_of(here: bool) -> bool:
     """Whether it holds in any process; all of them must call it."""
-    if jax.process_count() == 1:
-        return here
-    return bool(np.any(multihost_utils.process_allgather(np.asarray(here))))
+    return bool(largest(int(here)))
 
 
 def largest(here: int) -> int:

@@ -119,18 +119,15 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
             return {name: arrays[name] if arrays[name].ndim else arrays[name].item() for name in arrays.files}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(
-            f"{path} is missing or damaged ({error}): sample the clips again, which makes it anew and keeps the others"
+            f"{path} is missing or damaged ({error}): sample the clips again after deleting it; the others are kept"
         ) from error
 
 
 def is_made(folder: pathlib.Path, name: str) -> bool:
-    """Whether a clip's arrays and its video are there, and the arrays whole."""
-    try:
-        _read(folder / f"{name}.npz")
-    except UserError:
-        return False
+    """Whether a clip's arrays and its video are there, and not cut off. (Arrays are gigabytes in all, and are read when
+    they are trained on.)"""
     video = folder / f"{name}.mp4"
-    return video.exists() and video.stat().st_size > 0
+    return zipfile.is_zipfile(folder / f"{name}.npz") and video.exists() and video.stat().st_size > 0
 
 
 def inputs(preset: Preset, some: Sequence[Example], task: str, words: Any) -> tuple[conditioning.Prepared, np.ndarray]:
@@ -256,10 +253,10 @@ def sample(
         for first in range(0, len(some), batch):
             part = some[first : first + batch]
             names, seeds = [f"{number:06d}" for number in part], [seed + number for number in part]
-            if not all(is_made(folder, name) for name in names):
+            if missing := [name for name in names if not is_made(folder, name)]:
                 remedy = "make fewer at once (--batch, in a cycle config key review.batch) or shorter ones"
                 with short_of_memory(f"a batch of {len(part)} clips", remedy):
-                    _make(pipe, options, data, folder, part, names, task, seeds)
+                    _make(pipe, options, data, folder, part, names, task, seeds, missing)
             rows += [
                 {"id": name, "video": f"{name}.mp4", "task": task, "clip": data.id(number), "seed": its_seed,
                  "prompt": examples.text_of(data.examples([number])[0]["caption"])}
@@ -272,15 +269,16 @@ def sample(
 
 def _make(
     pipe: pipeline.Pipeline, options: SamplingOptions, data: Dataset, folder: pathlib.Path, numbers: list[int],
-    names: list[str], task: str, seeds: list[int],
+    names: list[str], task: str, seeds: list[int], missing: list[str],
 ) -> None:  # fmt: skip
+    """Makes a batch; of clips that are there already, which a batch of one size holds too, nothing is written."""
     from emv3_jax.media import VideoWriter, to_uint8
 
     some = data.examples(numbers)
     latents = generate(pipe, options, some, task, seeds)
     videos = evaluation.decode(pipe, latents.astype(np.float32))
     for name, example, made, video in zip(names, some, latents, videos, strict=True):
-        if is_made(folder, name):  # and perhaps judged; it was made again to have a batch of one size
+        if name not in missing:
             continue
         wave, (_, height, width, _) = example["wave"].astype(np.float32) / 32767, video.shape
         scale = max(1, 384 // height)

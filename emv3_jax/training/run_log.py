@@ -69,7 +69,7 @@ class RunLog:
         on that is told."""
         if self._workdir is None:
             return ""
-        self._config = {key: json.loads(json.dumps(value, default=str)) for key, value in cfg.to_dict().items()}
+        self._config = now = json.loads(json.dumps(cfg.to_dict(), default=str))
         before: Any = None
         if self._resumed:
             with contextlib.suppress(OSError, ValueError):  # a missing or damaged one has nothing to say
@@ -78,7 +78,7 @@ class RunLog:
             return ""
         # The time is no matter of what is learnt, and of a cycle only this stage is looked at.
         of_run = lambda some: {key: some[key] for key in some if key not in ("minutes", "cycle", "review")}  # noqa: E731
-        return "; ".join(differences(of_run(before), of_run(self._config)))
+        return "; ".join(differences(of_run(before), of_run(now)))
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """One line, one point a curve. JSON knows no infinity and no NaN: such values are null, and no points."""
