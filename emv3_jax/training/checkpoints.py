@@ -5,6 +5,7 @@ more, `checksums`: of every array, in the order of their names. They do not depe
 """
 
 import contextlib
+import os
 import pathlib
 import re
 import shutil
@@ -238,18 +239,23 @@ def _remove_half_written(folder: pathlib.Path) -> None:
     distributed.wait()
 
 
+def _of_the_system(error: BaseException) -> BaseException:
+    """TensorStore's error as the OSError that it is of, where it is of one; any other as it is."""
+    code = re.search(r"\[os_error_code='(\d+)'\]", str(error))
+    return OSError(int(code[1]), os.strerror(int(code[1]))) if code else error
+
+
 def _why(error: BaseException) -> str:
-    """An error in half a line: the operating system's own words where TensorStore or Python passes them on."""
+    """An error in half a line: the operating system's own words where it is of the system."""
+    error = _of_the_system(error)
     if isinstance(error, OSError):
         return reason(error)
-    text = " ".join(str(error).split())
-    if found := re.search(r": ([^:]+) \[os_error_code", text):
-        return found[1].lower()
-    return f"{type(error).__name__}: {text[:100]}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
 
 
 def _may_pass(error: BaseException) -> bool:
     """Whether reading failed for want of memory, or because of the disk, and not because of what was read."""
+    error = _of_the_system(error)
     absent = isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
     system = isinstance(error, OSError | MemoryError) and not absent
     signs = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAVAILABLE", "DEADLINE_EXCEEDED")

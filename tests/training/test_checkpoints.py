@@ -144,10 +144,25 @@ def test_a_checkpoint_that_is_lost_when_a_run_ends_otherwise_is_a_note(tmp_path,
     assert out.count("\n") == 1 and not said(error)
 
 
+@pytest.mark.parametrize("spec", ["", r""" [tensorstore_spec='{\"driver\":\"zarr\",\"path\":\"step/\"}']"""])
+def test_what_the_system_says_is_told_wherever_tensorstore_says_it(tmp_path, monkeypatch, spec):
+    """Which of an array's files cannot be written is a matter of chance, and the words around are not the same."""
+
+    def fail(*args, **keywords):
+        raise ValueError(
+            f"""OUT_OF_RANGE: Failed to write 9 bytes to file 4: File too large{spec} [os_error_code='27']"""
+        )
+
+    monkeypatch.setattr(ocp.CheckpointManager, "save", fail)
+    with pytest.raises(UserError, match="could not be written: file too large; no other"):
+        write(tmp_path, 1)
+
+
 @pytest.mark.parametrize(
     "error",
     [
         MemoryError(), OSError(116, "Stale file handle"), PermissionError(13, "Permission denied"),
+        ValueError("UNKNOWN: Error reading local file: Input/output error [os_error_code='5']"),
         jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 2147483648 bytes."),
     ],
 )  # fmt: skip
