@@ -10,7 +10,8 @@ at the end, with the paper's numbers beside; `--rows` alone prints it.
 
 Each seed is scored on 24 held-out puppets of 65 frames, twice as long as a window: sync, motion as prompted, identity
 error of 255, a distance between the distributions of true and generated videos (puppets.metrics.frechet_distance), seam
-error. Text guidance is on, with PNG: another motion than the asked one early, another expression late.
+error (against other frames at which a latent frame begins). Text guidance is on, with PNG: another motion than the
+asked one early, another expression late.
 """
 
 import dataclasses
@@ -52,7 +53,6 @@ from emv3_jax.training import state as train_state
 from emv3_jax.training.dit_recipe import SFT, DiTRecipe
 
 CLIPS, FRAMES, FIRST_CLIP = 24, 65, 5000  # held-out puppets that nothing else uses
-NEGATIVES, SHARE, BATCH = 32, 0.25, 8  # clips that a seed makes for a preference, how many of them are rejected
 LAST = 10  # steps over which what a preference has done is averaged
 MEASURES = {"sync": "up", "motion": "up", "identity": "down", "distance": "down", "seam": "down"}
 SEEDS, SCALE = 3, 1.0  # of the table; what other runs keep has their numbers in its name
@@ -61,10 +61,11 @@ WINDOWS = {"steps": 8, "shift": 3.0, "text_scale": 2.0, "audio_scale": 2.0, "win
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A row: the config it is trained by, how its sampling differs, and the paper's Sync-C, FVD, ID and HAT."""
+    """A row: the config it is trained by, how its sampling differs, and the paper's Sync-C, FVD, ID and HAT, where it
+    has the row."""
 
     title: str
-    paper: tuple[float, float, float, float]
+    paper: tuple[float, ...]
     config: Any = puppet_full_cycle
     sampling: dict[str, Any] = dataclasses.field(default_factory=dict)
     png: bool = True
@@ -84,6 +85,7 @@ ROWS: dict[str, Row] = {
     "no_long_cfg": Row(
         "without Long Video CFG (chained)", (5.49, 530.21, 0.98, 0.92), sampling={"long_video": "chained"}
     ),
+    "released_blend": Row("released blend for Long Video CFG", (), sampling={"long_video": "released"}),
 }
 
 
@@ -178,9 +180,8 @@ class Bench:
         done: list[Any] = [self.base.to_dict()]
         for _, stage in cycle.stage_configs(cfg, pathlib.Path("x"))[:stages]:
             before = name
-            done.append({key: value for key, value in stage.to_dict().items() if key not in ("cycle", "review")})
-            if stage.objective != SFT:
-                done.append([NEGATIVES, SHARE])
+            others = ("cycle", "review") if stage.objective == SFT else ("cycle",)
+            done.append({key: value for key, value in stage.to_dict().items() if key not in others})
             name = digest([done, self.seeds, self.scale])
             rejected = None
             if stage.objective != SFT and not self._kept(name).exists():
@@ -204,21 +205,21 @@ class Bench:
         return self._rejected[key]
 
     def _rejected_of(self, params: Any, seed: int, stage: Any) -> negatives.Negatives:
-        recipe = self.recipe(stage, seed)
+        recipe, review = self.recipe(stage, seed), stage.review
         pipe = recipe.make_pipeline(one(params, seed))
-        numbers = np.random.default_rng(recipe.cfg.seed).permutation(len(self.data))[:NEGATIVES]
+        numbers = np.random.default_rng(recipe.cfg.seed).permutation(len(self.data))[: review.clips]
         seeds = [recipe.cfg.seed + int(number) for number in numbers]
         some, made, scores = self.data.examples(numbers), [], []
-        for first in range(0, len(numbers), BATCH):
-            part = some[first : first + BATCH]
-            options, its_seeds = SamplingOptions(**stage.sampling), seeds[first : first + BATCH]
-            latents = negatives.generate(pipe, options, part, "i2v", its_seeds)
+        for first in range(0, len(numbers), review.batch):
+            part = some[first : first + review.batch]
+            options, its_seeds = SamplingOptions(**stage.sampling), seeds[first : first + review.batch]
+            latents = negatives.generate(pipe, options, part, review.task, its_seeds)
             made += list(latents)
             for example, video in zip(part, evaluation.decode(pipe, latents.astype(np.float32)), strict=True):
                 scores.append(metrics.score_clip(video, negatives.puppet_of(example["id"].decode(), len(video))))
-        bad = negatives.worst(scores, stage.issue, SHARE)
+        bad = negatives.worst(scores, stage.issue, review.share)
         rows = [{**some[k], "latents": made[k], negatives.TRUE: some[k]["latents"]} for k in bad]
-        return negatives.Negatives(rows, ["i2v"] * len(bad), [str(numbers[k]) for k in bad])
+        return negatives.Negatives(rows, [review.task] * len(bad), [str(numbers[k]) for k in bad])
 
     # Measuring.
 
@@ -256,7 +257,7 @@ class Bench:
             request = Request(media.to_uint8(true[0]), clip.wave, clip.prompt, frames=FRAMES, seed=k)
             video = scaled(pipe.generate(request, options).frames)
             scores = metrics.score_clip(video, clip)
-            rows.append({**scores, "seam": metrics.seam_error(video, clip, at)})
+            rows.append({**scores, "seam": metrics.seam_error(video, clip, at, every=self.preset.vae.temporal_factor)})
             videos.append(video)
             truth.append(true)
         means = evaluation.means(rows)
@@ -267,7 +268,7 @@ def settings_of(key: str, data: str) -> str:
     """A digest of all that a row's scores depend on, but for the program itself, the seeds and the scale."""
     row = ROWS[key]
     configs = [cfg.get_config().to_dict() for cfg in (puppet_base, row.config)]
-    return digest([configs, data, scored_on(row.sampling, row.png), NEGATIVES, SHARE])
+    return digest([configs, data, scored_on(row.sampling, row.png)])
 
 
 def scored_on(sampling: dict[str, Any], png: bool) -> str:
