@@ -167,9 +167,13 @@ def test_each_of_two_processes_loads_onto_a_device_of_its_own(folder):
     running = [
         subprocess.Popen([sys.executable, "-c", ONE_OF_TWO, str(folder), port, number], **pipes) for number in "01"
     ]
-    for process in running:
-        out, errors = process.communicate(timeout=120)
-        assert out.endswith("good\n"), errors
+    try:
+        for process in running:
+            out, errors = process.communicate(timeout=120)
+            assert out.endswith("good\n"), errors
+    finally:
+        for process in running:
+            process.kill()  # the other one would wait for this one for minutes
 
 
 def test_want_of_memory_is_no_damage(folder, monkeypatch):

@@ -144,7 +144,7 @@ def load_sync_model(name: str) -> SyncModel | None:
     module, _, function = name.partition(":")
     try:
         found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # whatever the user's own module raises
         raise UserError(f"--sync-model {name!r} is not MODULE:FUNCTION that can be imported ({error})") from error
     if not callable(found):
         raise UserError(f"--sync-model {name!r} is not a function")

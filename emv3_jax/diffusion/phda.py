@@ -35,7 +35,7 @@ class PhDAConfig:
     The paper names phases, not numbers. With the phases as thirds of [0, 1000], a weight is 1 throughout the phases
     in which its modality matters and rises in the half phase before them. Other weights than the paper's 0.5 and 1 are
     for what it compares with: (B1, B2, 1.0, 0.0) leaves a modality out of the early phase. Raises UserError unless
-    0 <= B1 < B2 <= 1000 and weights are in [0, 1].
+    0 <= B1 < B2 <= 1000 and weights and jitter are in [0, 1] and [0, 1000].
     """
 
     text: Bounds | None = None
@@ -51,6 +51,8 @@ class PhDAConfig:
                 raise UserError(f"PhDA boundaries of {name} are {bounds}; they must satisfy 0 <= B1 < B2 <= {T_MAX:g}")
             if not all(0 <= weight <= 1 for weight in bounds[2:]):
                 raise UserError(f"PhDA weights of {name} are {bounds[2:]}; they must be from 0 to 1")
+        if not 0 <= self.jitter <= T_MAX:
+            raise UserError(f"PhDA's jitter is {self.jitter}; it must be from 0 to {T_MAX:g}")
 
     @classmethod
     def from_config(cls, section: Mapping[str, Any]) -> "PhDAConfig":

@@ -26,6 +26,7 @@ from emv3_jax.training.state import TrainState, layout_of
 
 ITEM = "default"  # Orbax's folder in that of a step
 CHECKSUMS = "checksums"
+GOOD, DAMAGED, MAY_PASS = range(3)  # what became of reading; the last of any process counts for all
 T = TypeVar("T")
 
 
@@ -184,20 +185,23 @@ class Checkpoints:
         return restored
 
     def _read(self, step: int, read: Callable[[], T]) -> T:
-        """read(), in all processes or in none; raises _Damaged."""
-        why = ""
+        """read(), in all processes or in none; raises _Damaged, and UserError where it may be whole."""
+        failed: Exception | None = None
+        why, worst = "another process could not read it", GOOD
         try:
             result = read()
         except Exception as error:  # Orbax passes on whatever its readers raise
+            failed = error
             cause = error.__cause__ or error if isinstance(error, UserError) else error
-            why = _why(cause)
-            if _may_pass(cause):
-                raise UserError(
-                    f"the checkpoint of step {step} in {self._workdir} could not be read ({why}), and may be whole: it"
-                    " was left as it is; look at the memory and the disk, then give the same command again"
-                ) from error
-        if distributed.any_of(bool(why)):
-            raise _Damaged(why or "another process could not read it")
+            why, worst = _why(cause), MAY_PASS if _may_pass(cause) else DAMAGED
+        worst = distributed.largest(worst)
+        if worst == MAY_PASS:
+            raise UserError(
+                f"the checkpoint of step {step} in {self._workdir} could not be read ({why}), and may be whole: it was"
+                " left as it is; look at the memory and the disk, then give the same command again"
+            ) from failed
+        if worst == DAMAGED:
+            raise _Damaged(why) from failed
         return result
 
 

@@ -7,15 +7,16 @@ what a table cannot say (`vae`, `dit`).
 import itertools
 import math
 import numbers
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from emv3_jax.config import Preset
+from emv3_jax.config import DiTConfig, Preset
 from emv3_jax.data.examples import TRAINED_TASKS
 from emv3_jax.diffusion.phda import PhDAConfig
 from emv3_jax.errors import UserError
 from emv3_jax.models.dit import REMAT
-from emv3_jax.pipeline import SamplingOptions
+from emv3_jax.pipeline import DTYPES, SamplingOptions
 from emv3_jax.training import state as train_state
 from emv3_jax.training.dit_recipe import SFT
 from emv3_jax.training.losses import PREFERENCES
@@ -185,8 +186,7 @@ def dit(cfg: Any, preset: Preset) -> list[str]:
     if cfg.objective != "sft":
         needed = [key for key in ("negatives", "init_from") if not cfg[key]]
         wrong += [f"config key {key} is needed for {cfg.objective}" for key in needed]
-    if preset.dit.remat and preset.dit.remat not in REMAT:
-        wrong.append(f"config key model.remat must be one of {', '.join(REMAT)}, or empty, got {preset.dit.remat!r}")
+    wrong += model(preset.dit)
     for section, read in (("sampling", lambda s: SamplingOptions(**s)), ("phda", PhDAConfig.from_config)):
         try:
             read(cfg[section])
@@ -197,7 +197,34 @@ def dit(cfg: Any, preset: Preset) -> list[str]:
     return wrong + (stages(cfg, "(first frames of a clip, clips)", fits, words) or parts(cfg))
 
 
-ADAPTERS: dict[str, Test] = {"rank": whole(1), "scale": POSITIVE, "on": PATH}
+def _pattern(value: Any) -> bool:
+    try:
+        return bool(value) and bool(re.compile(value))
+    except (re.error, TypeError):
+        return False
+
+
+ADAPTERS: dict[str, Test] = {"rank": whole(1), "scale": POSITIVE, "on": (_pattern, "a regular expression")}
+# The transformer's fields that a config may set; what it does not name follows from the preset's other models.
+MODEL: dict[str, Test] = {
+    **dict.fromkeys(("width", "heads", "layers", "ffn"), whole(1)),
+    "time_features": (lambda value: _is_whole(value) and value > 0 and value % 2 == 0, "an even number above 0"),
+    "rope_theta": POSITIVE,
+    "riflex": whole(0),
+    "remat": one_of("", *REMAT),
+    "dtype": one_of(*DTYPES),
+}
+
+
+def model(cfg: DiTConfig) -> list[str]:
+    """What is wrong with a transformer's fields, one line each."""
+    names = {f"model.{name}": name for name in MODEL}
+    tests = {key: MODEL[name] for key, name in names.items()}
+    if wrong := table({key: getattr(cfg, name) for key, name in names.items()}, tests):
+        return wrong
+    if cfg.width % (2 * cfg.heads):
+        return [f"config key model.width must be a multiple of twice model.heads, {2 * cfg.heads}, got {cfg.width}"]
+    return []
 
 
 def table(cfg: Any, tests: dict[str, Test]) -> list[str]:

@@ -282,8 +282,9 @@ class _Signals:
     def __enter__(self) -> "_Signals":
         if threading.current_thread() is threading.main_thread():  # no other may say what signals do
             for number in (signal.SIGTERM, signal.SIGINT):
-                if signal.getsignal(number) != signal.SIG_IGN:  # as nohup and the background of a script have it
-                    self._before[number] = signal.signal(number, self._note)
+                if (before := signal.getsignal(number)) != signal.SIG_IGN:  # as nohup and a script's background have it
+                    self._before[number] = before  # first: the signal may come at once
+                    signal.signal(number, self._note)
         return self
 
     def __exit__(self, *error: object) -> None:

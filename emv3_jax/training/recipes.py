@@ -48,7 +48,7 @@ def without_videos(cfg: Any) -> str:
 
 
 def preset_of(cfg: Any) -> Preset:
-    """The preset that a config names, with the transformer's fields that it sets (section `model`).
+    """The preset that a config names, with the transformer's fields that it sets (section `model`, checks.MODEL).
 
     Raises:
       UserError: there is no such preset, or no such field.
@@ -58,7 +58,6 @@ def preset_of(cfg: Any) -> Preset:
     preset, changes = PRESETS[cfg.preset], cfg.get("model", {})
     if not checks.SECTION[0](changes):
         raise UserError(f"config key model must be {checks.SECTION[1]}, got {changes!r}")
-    fields = {field.name for field in dataclasses.fields(preset.dit)}
-    if unknown := sorted(set(changes) - fields):
-        raise UserError(f"config key model: {unknown[0]!r} is none of {', '.join(sorted(fields))}")
+    if unknown := sorted(set(changes) - set(checks.MODEL)):
+        raise UserError(f"config key model: {unknown[0]!r} is none of {', '.join(sorted(checks.MODEL))}")
     return dataclasses.replace(preset, dit=dataclasses.replace(preset.dit, **changes))

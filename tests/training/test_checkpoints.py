@@ -1,7 +1,6 @@
 """Checkpoints: what was saved is gone on from, and nothing else; what goes wrong is one line."""
 
 import contextlib
-import re
 import resource
 
 import jax
@@ -55,7 +54,7 @@ def test_a_checksum_is_of_every_bit_and_the_same_for_numpy_and_jax():
 
 def flip_a_bit(path):
     data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 4
+    data[len(data) * 9 // 16] ^= 4  # well inside an array, be there one of them in the file or two
     path.write_bytes(data)
 
 
@@ -112,8 +111,9 @@ def files_of_at_most(size: int):
 
 
 def said(error: str) -> list[str]:
-    """Lines of stderr but for those that XLA logs of its own accord, of a slow machine say ("E1128 17:22:12.3 ...")."""
-    return [line for line in error.splitlines() if not re.match(r"[IWEF]\d{4} \d\d:\d\d:\d\d\.", line)]
+    """What the program says on stderr; XLA logs there too of its own accord, of a slow machine say."""
+    assert "Traceback" not in error, error
+    return [line for line in error.splitlines() if line.startswith(("error:", "note:"))]
 
 
 def test_a_checkpoint_that_cannot_be_written_is_one_line(tmp_path, capfd):

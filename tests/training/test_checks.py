@@ -9,7 +9,6 @@ import pytest
 from configs import full_cycle, sft_1b
 from configs import ndpo as ndpo_config
 from emv3_jax import command_line
-from emv3_jax.config import DEMO
 from emv3_jax.data import builder
 from emv3_jax.errors import UserError
 from emv3_jax.training import checks, cycle, recipes
@@ -22,7 +21,7 @@ def config(name: str, **changes) -> ml_collections.ConfigDict:
 
 
 def told(name: str, cfg: ml_collections.ConfigDict) -> list[str]:
-    return checks.run(cfg) + recipes.CHECKS[name](cfg, DEMO)
+    return checks.run(cfg) + recipes.CHECKS[name](cfg, recipes.preset_of(cfg))
 
 
 def problems(name: str, **changes) -> list[str]:
@@ -116,6 +115,18 @@ BAD = {
         {"init_from": "x", "adapters": {"rank": 0, "scale": 1.0, "on": "."}},
         "rank must be a whole number of 1 or more, got 0 (section adapters)",
     ),
+    "adapters on no pattern": (
+        "dit",
+        {"init_from": "x", "adapters": {"rank": 1, "scale": 1.0, "on": "blocks/("}},
+        "on must be a regular expression, got 'blocks/(' (section adapters)",
+    ),
+    "width of no heads": ("dit", {"model": {"width": 98, "heads": 3}}, "width must be a multiple of twice model.heads"),
+    "odd heads": ("dit", {"model": {"width": 33, "heads": 1}}, "width must be a multiple of twice model.heads, 2, got"),
+    "no heads": ("dit", {"model": {"heads": 0}}, "model.heads must be a whole number of 1 or more, got 0"),
+    "no layers": ("dit", {"model": {"layers": 0}}, "model.layers must be a whole number of 1 or more, got 0"),
+    "no dtype": ("dit", {"model": {"dtype": "float17"}}, "model.dtype must be one of float32, bfloat16, got 'float17'"),
+    "endless jitter": ("dit", {"phda": {"jitter": float("inf")}}, "jitter is inf; it must be from 0 to 1000"),
+    "jitter below nothing": ("dit", {"phda": {"jitter": -5.0}}, "jitter is -5.0; it must be from 0 to 1000"),
     "adapters of nothing": (
         "dit",
         {"adapters": {"rank": 1, "scale": 1.0, "on": "."}},
@@ -179,8 +190,9 @@ def test_everything_that_is_wrong_is_told_at_once():
 
 
 def test_fields_of_the_transformer_are_checked():
-    with pytest.raises(UserError, match="config key model: 'widht' is none of "):
-        recipes.build(config("dit", model={"widht": 3}))
+    for name in ("widht", "text_width"):  # the second follows from another model
+        with pytest.raises(UserError, match=f"config key model: '{name}' is none of "):
+            recipes.build(config("dit", model={name: 3}))
     with pytest.raises(UserError, match="config key model.remat must be one of full, dots, or empty, got 'some'"):
         recipes.build(config("dit", model={"remat": "some"}))
     assert recipes.preset_of(config("dit", model={"layers": 3})).dit.layers == 3

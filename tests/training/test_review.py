@@ -74,7 +74,7 @@ def ask(server, path, body=None, method=None, host=None, **headers):
     """(status, headers, body) of a request that is sent as it is written here."""
     headers = {name.replace("_", "-"): value for name, value in headers.items()}
     port = server.server_address[1]
-    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=10)) as connection:
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=60)) as connection:
         connection.putrequest(method or ("GET" if body is None else "POST"), path, skip_host=True)
         if host != "":
             connection.putheader("Host", host or f"127.0.0.1:{port}")
@@ -281,13 +281,20 @@ def test_command_lines_that_cannot_be_used(folder, capsys):
     assert "clips.jsonl does not exist" in says("--port=0")
 
 
+PROGRAM = """
+import signal
+import sys
+from emv3_jax import command_line
+from emv3_jax.training import review
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background does not listen to it
+sys.exit(command_line.run_main(review.main))
+"""
+
+
 def start(folder):
     """The program in a process of its own, and the port that it names."""
-    command = [sys.executable, "-m", "emv3_jax.training.review", str(folder), "--port=0", "--no-browser"]
-    listen = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)  # also in the background
-    process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=listen
-    )
+    command = [sys.executable, "-c", PROGRAM, str(folder), "--port=0", "--no-browser"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     return process, process.stdout.readline()
 
 
@@ -301,7 +308,7 @@ def test_the_program_ends_and_keeps_what_was_said(folder, number):
     port = re.fullmatch(r"4 of 4 clips wait for a verdict at http://127\.0\.0\.1:(\d+)/ \(Ctrl-C ends\)\n", line)[1]
     assert first == note
     for id, verdict, issue in [("000000", "keep", None), ("000001", "reject", "motion"), ("000002", "keep", None)]:
-        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", int(port), timeout=10)) as connection:
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", int(port), timeout=60)) as connection:
             body = json.dumps({"id": id, "verdict": verdict, "issue": issue})
             connection.request("POST", "/verdict", body, {"Content-Type": "application/json"})
             assert connection.getresponse().status == 200
@@ -356,7 +363,7 @@ class Page:
     def wait(self, test, what):
         from selenium.webdriver.support.ui import WebDriverWait
 
-        WebDriverWait(self.browser, 10, poll_frequency=0.05).until(lambda _: test(), what)
+        WebDriverWait(self.browser, 60, poll_frequency=0.05).until(lambda _: test(), what)
 
     def shows(self, *seen):
         """Waits for a position, a verdict and counts."""
