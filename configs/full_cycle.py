@@ -2,8 +2,9 @@
 
 python train.py --config configs/full_cycle.py --workdir runs/full_cycle
 
-Data and weights as for sft_1b.py. Before every Negative DPO stage the run makes clips and stops: look at them with the
-command that it prints, then give this one again. Its twin for a laptop is puppet_full_cycle.py, where measures judge.
+Data and weights as for sft_1b.py. Before every Negative DPO stage the run makes clips, each process its part of
+them, and stops: look at them with the command that it prints, then give this one again. Its twin for a laptop is
+puppet_full_cycle.py, where measures judge.
 """
 
 import ml_collections

@@ -32,8 +32,10 @@ from emv3_jax.files import atomic_path
 from emv3_jax.options import SamplingOptions
 from emv3_jax.training import checkpoints, checks, distributed, loop, negatives, recipes, verdicts
 from emv3_jax.training.dit_recipe import SFT, DiTRecipe
+from emv3_jax.training.run_log import other_settings
 
 DONE = "done.json"
+FOLLOWS = ("init_from", "silent_audio", "negatives")  # keys of a later stage that follow from the stages before
 REVIEW = {
     "clips": checks.whole(1),
     "batch": checks.whole(1),
@@ -69,6 +71,11 @@ def train(cfg: Any, workdir: pathlib.Path) -> int:
                     stage.minutes = min(stage.minutes or left, left)
             if (ended := _run(cfg.review, folder, stage)) is not None:
                 return ended
+        elif changed := other_settings(folder, stage, () if stage is stages[0][1] else FOLLOWS):
+            loop.say(
+                f"note: stage {folder.name} is done, with other settings than these ({changed}), and stays as it is: to"
+                " train it anew, delete its folder and those of later stages, or give another --workdir"
+            )
         if json.loads((folder / DONE).read_text())["steps"]:
             weights = folder / "weights"
             start = str(weights), False
@@ -169,7 +176,7 @@ def stage_configs(cfg: Any, workdir: pathlib.Path) -> list[tuple[pathlib.Path, A
         stage = ml_collections.ConfigDict(cfg.to_dict())
         with stage.unlocked(), stage.ignore_type():  # `check` says what types there must be
             folder = workdir / f"{number}_{changes.pop('name')}"
-            follows = {"cycle", "review", "negatives", *(("init_from", "silent_audio") if found else ())}
+            follows = {"cycle", "review", *(FOLLOWS if found else ("negatives",))}
             if given := sorted(follows & set(changes)):
                 raise UserError(
                     f"config key cycle: stage {number} sets {given[0]!r}, which follows from the stages before or is"
@@ -217,13 +224,7 @@ def _reviewed(review: Any, stage: Any, recipe: DiTRecipe) -> bool:
     plan = negatives.plan_of(recipe.preset, hashes, options, recipe.data, review.task, stage.seed)
     if (folder / builder.PLAN).exists():
         builder.check_plan(folder, plan)
-    if not _sampled(folder, min(review.clips, len(recipe.data))):
-        if jax.process_count() > 1:
-            raise UserError(
-                "the next stage unlearns clips that are not all made: make them in one process (python -m"
-                f" emv3_jax.training.negatives --config ... --weights {stage.init_from} --out {folder}"
-                f" --clips {review.clips} --batch {review.batch} --task {review.task} --seed {stage.seed}), then go on"
-            )
+    if distributed.any_of(not _sampled(folder, min(review.clips, len(recipe.data)))):
         negatives.sample(
             recipe.make_sampler(stage.init_from), options, recipe.data, folder, review.clips, review.batch, plan
         )

@@ -1,8 +1,9 @@
 """What differs when several processes train together: which rows each reads, when they stop, and who speaks."""
 
+import contextlib
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from emv3_jax import sharding
+from emv3_jax.errors import UserError
 
 
 def _batch_sharding(size: int, mesh: Mesh) -> NamedSharding:
@@ -92,6 +94,23 @@ def largest(here: int) -> int:
     if jax.process_count() == 1:
         return here
     return int(np.max(multihost_utils.process_allgather(np.asarray(here))))
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """What every process does inside alone, all have done afterwards; where it fails in one it fails in all, so that
+    none waits for it.
+
+    Raises:
+      UserError: it failed in another process.
+    """
+    try:
+        yield
+    except Exception:
+        any_of(True)
+        raise
+    if any_of(False):
+        raise UserError("another process could not do its part: see what it says")
 
 
 class Stopping:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from emv3_jax import checkpoint, conditioning, pipeline, weight_files
+from emv3_jax import checkpoint, conditioning, pipeline, sharding, weight_files
 from emv3_jax.config import Preset
 from emv3_jax.data import examples
 from emv3_jax.data.dataset import Dataset, Plan
@@ -270,10 +270,13 @@ class DiTRecipe:
         return pipeline.Pipeline(self.preset, models, self.phda, self.words, mesh)
 
     def make_sampler(self, folder: str) -> pipeline.Pipeline:
-        """The pipeline with a folder's weights, for many clips in one process: the trained models and the VAE stay in
-        memory, the others are read when they are used."""
-        models = pipeline.load_models(self.preset, folder, self.trained)
-        return self.make_pipeline({**models, "vae": self.frozen["vae"]})
+        """The pipeline with a folder's weights, for many clips: the trained models and the VAE stay in memory, the
+        others are read when they are used. On the mesh that the config says; of several processes each has its own
+        devices."""
+        alone = jax.process_count() == 1
+        mesh = sharding.from_config(self.cfg.mesh) if alone else distributed.local_mesh()
+        models = pipeline.load_models(self.preset, folder, self.trained, mesh)
+        return self.make_pipeline({**models, "vae": self._frozen_on(mesh)["vae"]})
 
     def evaluate(self, params: Any, constants: Any) -> tuple[dict[str, float], dict[str, np.ndarray]]:
         """Held-out puppets, generated and scored; of presets that know none, a clip of the dataset, generated."""

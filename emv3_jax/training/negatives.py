@@ -19,6 +19,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from emv3_jax import command_line, conditioning, pipeline, weight_files
@@ -30,7 +31,7 @@ from emv3_jax.errors import UserError, short_of_memory
 from emv3_jax.files import PathLike, atomic_path, check_writable
 from emv3_jax.options import SamplingOptions
 from emv3_jax.puppets import clips, evaluation, metrics
-from emv3_jax.training import verdicts
+from emv3_jax.training import distributed, verdicts
 
 FORMAT = "emv3_jax clips for review 1"
 METRICS = "metrics"  # who says a verdict that is no person's
@@ -231,55 +232,74 @@ def sample(
     pipe: pipeline.Pipeline, options: SamplingOptions, data: Dataset, folder: pathlib.Path, count: int, batch: int,
     plan: dict[str, Any],
 ) -> None:  # fmt: skip
-    """Makes `count` clips of a dataset anew into a review folder; those that are there and whole are kept.
+    """Makes `count` clips of a dataset anew into a review folder; those that are there and whole are kept. Several
+    processes (`jax.distributed`), all of which call it, share the batches.
 
     Args:
+      pipe: may work on this process's own devices alone where there are others.
       plan: `plan_of` the pipeline's weights, the options and the dataset.
     Raises:
       UserError: the folder holds clips of another plan, or of none, or cannot be written; the device has too little
-        memory for a batch.
+        memory for a batch; another process failed.
     """
-    check_writable(folder / verdicts.CLIPS)
-    if not (folder / builder.PLAN).exists() and any(folder.glob("*.npz")):
-        raise UserError(f"{folder} holds clips without a {builder.PLAN} that says what made them: give another --out")
-    builder.check_plan(folder, plan)
     task, seed = plan["task"], plan["seed"]
     numbers = np.random.default_rng([seed, 0x6E]).permutation(len(data))[:count]
-    rows: list[dict[str, Any]] = []
-    by_size: dict[Any, list[int]] = {}
-    for number in numbers:
-        by_size.setdefault(tuple(data.record["clips"][number][1:]), []).append(int(number))
-    for some in by_size.values():
-        for first in range(0, len(some), batch):
-            part = some[first : first + batch]
-            names, seeds = [f"{number:06d}" for number in part], [seed + number for number in part]
-            if missing := [name for name in names if not is_made(folder, name)]:
+    parts = _batches(data, numbers, batch)
+    mine = parts[jax.process_index() :: jax.process_count()]
+    done, total = 0, sum(map(len, mine))
+    where = " by this process" if len(mine) < len(parts) else ""
+    with distributed.together():
+        check_writable(folder / verdicts.CLIPS)
+        if not (folder / builder.PLAN).exists() and any(folder.glob("*.npz")):
+            raise UserError(
+                f"{folder} holds clips without a {builder.PLAN} that says what made them: give another --out"
+            )
+        builder.check_plan(folder, plan)
+        for part in mine:
+            if missing := [number for number in part if not is_made(folder, _name(number))]:
                 remedy = "make fewer at once (--batch, in a cycle config key review.batch) or shorter ones"
                 with short_of_memory(f"a batch of {len(part)} clips", remedy):
-                    _make(pipe, options, data, folder, part, names, task, seeds, missing)
-            rows += [
-                {"id": name, "video": f"{name}.mp4", "task": task, "clip": data.id(number), "seed": its_seed,
-                 "prompt": examples.text_of(data.examples([number])[0]["caption"])}
-                for name, number, its_seed in zip(names, part, seeds, strict=True)
-            ]  # fmt: skip
-            print(f"{len(rows)} of {len(numbers)} clips sampled: {folder}", flush=True)
-    with atomic_path(folder / verdicts.CLIPS) as path:
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+                    _make(pipe, options, data, folder, part, missing, task, seed)
+            done += len(part)
+            distributed.say(f"{done} of {total} clips sampled{where}: {folder}")
+    if jax.process_index() == 0:
+        rows = [
+            {"id": _name(number), "video": f"{_name(number)}.mp4", "task": task, "clip": data.id(number),
+             "seed": seed + number, "prompt": examples.text_of(data.examples([number])[0]["caption"])}
+            for part in parts for number in part
+        ]  # fmt: skip
+        with atomic_path(folder / verdicts.CLIPS) as path:
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    distributed.wait()
+
+
+def _name(number: int) -> str:
+    """What the files of a clip of the dataset made anew are called."""
+    return f"{number:06d}"
+
+
+def _batches(data: Dataset, numbers: Sequence[int], size: int) -> list[list[int]]:
+    """Numbers of clips in batches of at most `size`, those of one shape together."""
+    by_shape: dict[Any, list[int]] = {}
+    for number in numbers:
+        by_shape.setdefault(tuple(data.record["clips"][number][1:]), []).append(int(number))
+    return [some[first : first + size] for some in by_shape.values() for first in range(0, len(some), size)]
 
 
 def _make(
     pipe: pipeline.Pipeline, options: SamplingOptions, data: Dataset, folder: pathlib.Path, numbers: list[int],
-    names: list[str], task: str, seeds: list[int], missing: list[str],
+    missing: list[int], task: str, seed: int,
 ) -> None:  # fmt: skip
     """Makes a batch; of clips that are there already, which a batch of one size holds too, nothing is written."""
     from emv3_jax.media import VideoWriter, to_uint8
 
     some = data.examples(numbers)
-    latents = generate(pipe, options, some, task, seeds)
+    latents = generate(pipe, options, some, task, [seed + number for number in numbers])
     videos = evaluation.decode(pipe, latents.astype(np.float32))
-    for name, example, made, video in zip(names, some, latents, videos, strict=True):
-        if name not in missing:
+    for number, example, made, video in zip(numbers, some, latents, videos, strict=True):
+        if number not in missing:
             continue
+        name = _name(number)
         wave, (_, height, width, _) = example["wave"].astype(np.float32) / 32767, video.shape
         scale = max(1, 384 // height)
         with VideoWriter(folder / f"{name}.mp4", height, width, wave=wave, scale=scale) as writer:
@@ -326,8 +346,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--issue", choices=sorted(JUDGES), default="lips", help="what measures look at (default: lips)")
     parser.add_argument("--share", type=float, default=0.25, help="of the clips that measures reject (default: 0.25)")
     options, cfg = command_line.parse(parser, arguments)
-    if min(options.clips, options.batch) < 1 or not 0 < options.share <= 1:
-        raise UserError("--clips and --batch must be 1 or more, --share above 0 and at most 1")
+    if min(options.clips, options.batch) < 1 or not 0 < options.share <= 1 or options.seed < 0:
+        raise UserError("--clips and --batch must be 1 or more, --seed 0 or more, --share above 0 and at most 1")
 
     from emv3_jax.training import recipes
 

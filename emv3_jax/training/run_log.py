@@ -69,16 +69,8 @@ class RunLog:
         on that is told."""
         if self._workdir is None:
             return ""
-        self._config = now = json.loads(json.dumps(cfg.to_dict(), default=str))
-        before: Any = None
-        if self._resumed:
-            with contextlib.suppress(OSError, ValueError):  # a missing or damaged one has nothing to say
-                before = json.loads((self._workdir / CONFIG).read_text())
-        if not isinstance(before, dict):
-            return ""
-        # The time is no matter of what is learnt, and of a cycle only this stage is looked at.
-        of_run = lambda some: {key: some[key] for key in some if key not in ("minutes", "cycle", "review")}  # noqa: E731
-        return "; ".join(differences(of_run(before), of_run(now)))
+        self._config = _as_json(cfg)
+        return other_settings(self._workdir, cfg) if self._resumed else ""
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """One line, one point a curve. JSON knows no infinity and no NaN: such values are null, and no points."""
@@ -139,6 +131,24 @@ class RunLog:
         if self._workdir is not None:
             with self._told(), contextlib.closing(self._board), contextlib.closing(self._lines):
                 pass
+
+
+def _as_json(cfg: Any) -> dict[str, Any]:
+    return json.loads(json.dumps(cfg.to_dict(), default=str))
+
+
+def other_settings(workdir: pathlib.Path, cfg: Any, unless: Sequence[str] = ()) -> str:
+    """What of a run's settings (`config.json`) another config has otherwise, or ""; but for keys of `unless`, for the
+    time, which is no matter of what is learnt, and for other stages of a cycle."""
+    try:
+        before = json.loads((workdir / CONFIG).read_text())
+    except (OSError, ValueError):  # a missing or damaged one has nothing to say
+        return ""
+    if not isinstance(before, dict):
+        return ""
+    left_out = {"minutes", "cycle", "review", *unless}
+    of_run = lambda some: {key: some[key] for key in some if key not in left_out}  # noqa: E731
+    return "; ".join(differences(of_run(before), of_run(_as_json(cfg))))
 
 
 def _drop_later(path: pathlib.Path, step: int) -> None:

@@ -65,6 +65,29 @@ def test_an_interrupted_sampling_goes_on(make, weights, tiny, review, tmp_path):
     assert (tmp_path / f"{first[0]['id']}.npz").stat().st_mtime_ns == untouched  # of the same batch, and whole
 
 
+def test_several_processes_share_the_batches_and_fail_together(make, tmp_path, monkeypatch):
+    recipe, made, asked = make(), {}, []
+    what = (SamplingOptions(steps=2), recipe.data, tmp_path, 4, 1, plan_of(recipe))
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(negatives.distributed, "any_of", lambda failed: asked.append(failed) or failed)
+    monkeypatch.setattr(negatives.distributed, "wait", lambda: None)
+    for process in (1, 0):
+        monkeypatch.setattr(jax, "process_index", lambda: process)  # noqa: B023
+        note = lambda pipe, options, data, folder, part, *rest: made.setdefault(process, []).extend(part)  # noqa: B023, E731
+        monkeypatch.setattr(negatives, "_make", note)
+        negatives.sample(None, *what)
+        assert (tmp_path / "clips.jsonl").exists() == (process == 0)
+    assert sorted(made[0] + made[1]) == [0, 1, 2, 3] and len(made[0]) == 2 and asked == [False, False]
+    monkeypatch.setattr(negatives, "_make", lambda *args: (_ for _ in ()).throw(UserError("the lights went out")))
+    with pytest.raises(UserError, match="the lights"):
+        negatives.sample(None, *what)
+    assert asked[2:] == [True]
+    monkeypatch.setattr(negatives, "_make", lambda *args: None)
+    monkeypatch.setattr(negatives.distributed, "any_of", lambda failed: True)
+    with pytest.raises(UserError, match="another process could not do its part"):
+        negatives.sample(None, *what)
+
+
 def test_a_folder_that_cannot_be_is_told(make, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"lies under .*file, which is a file"):
@@ -197,6 +220,12 @@ def test_the_cycle_goes_on_from_stage_to_stage(cycle_config, tmp_path, capsys):
     assert not arrays_equal(ends[0], ends[1]) and not arrays_equal(ends[1], ends[2])
     assert arrays_equal(checkpoint.load_params(tmp_path / "weights" / "dit.safetensors"), ends[2])
     assert cycle.train(cfg, tmp_path) == 0 and "stage" not in capsys.readouterr().out.replace("the last stage", "")
+    cfg.ema_decay = 0.5
+    assert cycle.train(cfg, tmp_path) == 0
+    said = capsys.readouterr().out.splitlines()[:-1]
+    assert len(said) == 3 and said[2].startswith(
+        "note: stage 3_sft is done, with other settings than these (ema_decay "
+    )
 
 
 class FakeRuns:

@@ -1,5 +1,6 @@
 """Two processes train together what one trains alone, and go on from one another's checkpoints."""
 
+import argparse
 import json
 import os
 import pathlib
@@ -7,10 +8,14 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import orbax.checkpoint as ocp
+import pytest
 
+import train as train_program
+from emv3_jax.errors import UserError
 from emv3_jax.training import distributed
 
 # NPROC: with as many threads as devices XLA's collectives may wait for one another for ever (bench.meshes).
@@ -200,3 +205,21 @@ def test_processes_ask_one_another_every_few_seconds(monkeypatch):
     step = 176
     assert not stopping.agreed(175, signal.SIGTERM, False)
     assert stopping.agreed(176, signal.SIGTERM, False) and stopping.signal == signal.SIGTERM
+
+
+def test_who_waits_for_the_others_can_be_stopped_and_does_not_wait_for_ever(monkeypatch):
+    """What joins them is not interrupted by signals, and ends the program when its own time is over."""
+    never = threading.Event()
+    with pytest.raises(KeyboardInterrupt):
+        timer = threading.Timer(0.2, lambda: os.kill(os.getpid(), signal.SIGINT))
+        timer.start()
+        train_program.wait_for(lambda: never.wait(60))
+    monkeypatch.setattr(train_program, "PATIENCE", 0.1)
+    with pytest.raises(UserError, match=r"did not find one another within 0\.1 s: start all of them"):
+        train_program.wait_for(lambda: never.wait(60))
+    never.set()
+    with pytest.raises(UserError, match="did not find one another: no cluster$"):
+        train_program.wait_for(lambda: (_ for _ in ()).throw(ValueError("no cluster\nand so on")))
+    options = argparse.Namespace(coordinator="notaport", processes=2, process=0, distributed=False)
+    with pytest.raises(UserError, match="--coordinator must be HOST:PORT, got 'notaport'"):
+        train_program.join_others(options)
