@@ -17,7 +17,6 @@ from typing import Any
 from emv3_jax import command_line
 from emv3_jax.errors import UserError
 
-
 PATIENCE = 300  # seconds in which all processes of a run must have started
 
 

@@ -324,12 +324,12 @@ def test_of_several_processes_one_judges(in_review, tmp_path, monkeypatch):
 def test_several_processes_wait_for_a_person_together(in_review, tmp_path, monkeypatch):
     """Here everything is judged by now, and another process saw that one clip was not; or what was rejected."""
     cfg, folder = in_review
-    asked, others = [], iter([True, False, True])
+    asked, others = [], iter([False, True, False, False, True])
     monkeypatch.setattr(cycle.distributed, "any_of", lambda here: asked.append(here) or here or next(others))
     verdicts.add_verdict(folder, verdicts.read_clips(folder)[3]["id"], "keep")
-    assert cycle.train(cfg, tmp_path) == 0 and asked == [False]
+    assert cycle.train(cfg, tmp_path) == 0 and asked == 2 * [False]
     verdicts.add_verdict(folder, verdicts.read_clips(folder)[0]["id"], "keep")
-    assert cycle.train(cfg, tmp_path) == 15 and asked == [False, False, False]
+    assert cycle.train(cfg, tmp_path) == 15 and asked == 5 * [False]
 
 
 def test_the_minutes_are_those_of_the_whole_cycle(cycle_config, tmp_path, capsys, monkeypatch):
