@@ -29,30 +29,25 @@ os.environ |= {
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
+from bench.full_step import PEAK, FullStep, Latents, latents_of
 from configs import sft_1b
-from emv3_jax import steps
+from emv3_jax import command_line, steps
 from emv3_jax.config import PRESETS, Preset
 from emv3_jax.contexts import Shared, Window
 from emv3_jax.diffusion.guidance import ModelVelocity
+from emv3_jax.errors import UserError
 from emv3_jax.models.audio_tokens import audio_encoder
 from emv3_jax.models.cdca import KV
-from emv3_jax.models.dit import DiT, forward_flops, zero_inputs
+from emv3_jax.models.dit import DiT, forward_flops
 from emv3_jax.options import SamplingOptions
 from emv3_jax.pipeline import expected_params
 from emv3_jax.sharding import BATCH, make_mesh, param_shardings
-from emv3_jax.training import recipes
 from emv3_jax.training import state as train_state
-from emv3_jax.training.dit_recipe import DiTRecipe
 
-PEAK = {"v4": 275e12, "v5e": 197e12, "v5p": 459e12, "v6e": 918e12}  # bf16 FLOP/s of a chip, as published
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-
-
-Latents = tuple[int, int, int]
 
 
 def everywhere(mesh: jax.sharding.Mesh) -> Any:
@@ -96,35 +91,36 @@ def sampling_step(preset: Preset, latents: Latents, batch: int, mesh: jax.shardi
 
 def training_step(preset: Preset, latents: Latents, batch: int, mesh: jax.sharding.Mesh) -> tuple[Any, float]:
     """The traced step of configs/sft_1b.py for a batch of clips, and its FLOPs."""
-    config = sft_1b.get_config()
-    config.preset = preset.name
-    preset, (frames, height, width) = recipes.preset_of(config), latents
-    recipe, cfg = DiTRecipe(config, preset), preset.dit
-    recipe.__dict__["_null_text"] = np.zeros((1, cfg.text_len, cfg.text_width), np.float32)
-    optimizer = train_state.make_optimizer(config)
-    params = {"dit": expected_params(preset)["dit"]}
-    like = jax.eval_shape(lambda tree: train_state.init_state(tree, optimizer), params)
+    step = FullStep(preset.name)
+    like = jax.eval_shape(step.state, step.params())
     shardings = train_state.tree_shardings(like, mesh)
-    divided = NamedSharding(mesh, PartitionSpec(BATCH))
-    one = lambda *rest, dtype=jnp.float32: jax.ShapeDtypeStruct((batch, *rest), dtype, sharding=divided)  # noqa: E731
-    cond, grid = jax.eval_shape(lambda: zero_inputs(cfg, frames))[2], (frames, height, width)
-    clips = {
-        "latents": one(*grid, cfg.latent_channels), "given": one(*grid, cond.given.shape[-1]),
-        "task": one(dtype=jnp.int32), "has_image": one(), "audio": one(*cond.audio.shape[1:]),
-        "face_mask": one(height * width // 4), "text": one(*cond.text.shape[1:]), "image": one(*cond.image.shape[1:]),
-    }  # fmt: skip
-    update = train_state.make_update(recipe.loss, optimizer, config.ema_decay, config.micro_batches, recipe.restarts())
+    shapes, divided = step.clips(latents, batch), NamedSharding(mesh, PartitionSpec(BATCH))
+    clips = placed(shapes, dict.fromkeys(shapes, divided))
     with jax.set_mesh(mesh):
-        traced = train_state.make_step(update, shardings).trace(placed(like, shardings), {}, clips)
-    return traced, recipe.work(clips)[1]
+        traced = train_state.make_step(step.update, shardings).trace(placed(like, shardings), {}, clips)
+    return traced, step.recipe.work(clips)[1]
 
 
 PROGRAMS = {"sample": sampling_step, "train": training_step}
 
 
+def topology_of(text: str) -> str:
+    """--topology KIND:AxB or KIND:AxBxC, for argparse."""
+    if not re.fullmatch(rf"({'|'.join(PEAK)}):\d+(x\d+){{1,2}}", text):
+        raise argparse.ArgumentTypeError(f"must be {', '.join(PEAK)} and its size, such as v5e:2x4, got {text!r}")
+    return text
+
+
 def compile_for(topology: str, preset: Preset, args: argparse.Namespace) -> str:
     """One row of the table."""
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    try:
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    except Exception as error:  # of libtpu, whatever it raises
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"--topology {topology} cannot be had ({why}): it takes libtpu (pip install -e '.[tpu]') and a name such as"
+            " v5e:2x4 or v5p:2x2x1"
+        ) from error
     mesh = make_mesh(devices, data=args.data, context=args.context, tensor=args.tensor)
     groups = len(devices) // (args.context * args.tensor)
     batch = args.batch or (max(groups, sft_1b.CLIPS) if args.mode == "train" else groups)
@@ -152,12 +148,12 @@ def compile_for(topology: str, preset: Preset, args: argparse.Namespace) -> str:
     return f"| {' | '.join(map(str, cells))} |"
 
 
-def main() -> int:
+def main(arguments: list[str]) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--topology", nargs="+", default=["v5e:2x4"])
+    parser = command_line.Parser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--topology", nargs="+", type=topology_of, default=["v5e:2x4"])
     parser.add_argument("--preset", choices=("preview", "flash"), default="preview")
-    parser.add_argument("--latents", type=lambda text: tuple(map(int, text.split(","))), default=(29, 96, 96))
+    parser.add_argument("--latents", type=latents_of, default=(29, 96, 96))
     parser.add_argument("--mode", choices=PROGRAMS, default="sample")
     parser.add_argument(
         "--batch", type=int, default=0, help="0: a window for every context x tensor chips, or the config's clips"
@@ -165,7 +161,9 @@ def main() -> int:
     parser.add_argument("--data", type=int, default=1)
     parser.add_argument("--context", type=int, default=4)
     parser.add_argument("--tensor", type=int, default=1)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
+    if min(args.data, args.context, args.tensor) < 1 or args.batch < 0:
+        raise UserError("--data, --context and --tensor must be 1 or more, --batch 0 or more")
     preset = PRESETS[args.preset]
     preset = dataclasses.replace(preset, dit=dataclasses.replace(preset.dit, dtype="bfloat16"))
     names = ("topology", "chips", "mesh", "batch", "arguments, GiB", "temporaries, GiB", "peak, GiB", "collectives",
@@ -177,4 +175,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command_line.run_main(main))

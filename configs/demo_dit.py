@@ -57,7 +57,7 @@ def get_config() -> ml_collections.ConfigDict:
             "beta1": 0.9,
             "beta2": 0.99,
             "ema_decay": 0.998,
-            # held-out clips
+            # held-out puppets; presets that know none make a clip of the dataset again, by the same sampling
             "eval_clips": 8,
             "eval_frames": 81,
             "sampling": {"steps": 10, "shift": 3.0, "text_scale": 1.0, "audio_scale": 2.0},

@@ -3,6 +3,8 @@
 python -m emv3_jax.training.negatives --config configs/puppet_sft.py --weights runs/puppet_sft/weights \
     --out data/puppet_negatives --clips 48 --batch 8 --judge metrics --issue lips
 python train.py --config configs/puppet_ndpo.py --workdir runs/puppet_ndpo
+
+The other forms: --config.objective=dpo, and --config.objective=ndpo_absolute --config.beta=10 (ndpo.py says why).
 """
 
 import ml_collections

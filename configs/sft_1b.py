@@ -56,9 +56,8 @@ def get_config() -> ml_collections.ConfigDict:
             "mesh": {"data": 1, "context": 4, "tensor": 1},
             "micro_batches": 0,
             "batches_ahead": 4,
+            "log_every": 5,
             "eval_every": 1000,
-            "eval_clips": 1,
-            "eval_frames": 113,
             "checkpoint_every": 500,
             "export_dtype": "float32",
         }

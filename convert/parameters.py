@@ -16,12 +16,10 @@ import numpy as np
 from convert.sources import SafetensorsFile, Source, Spec
 from emv3_jax.converted import RECORD, Record, read_parameters, read_record, shapes, stored_shapes
 from emv3_jax.errors import UserError
-from emv3_jax.training.checkpoints import CHECKSUMS, ITEM, check_unchanged, checksum, names_of
+from emv3_jax.training.checkpoints import AVERAGE, ITEM, OTHER_STEP, RAW, read_arrays, recorded
 
 METADATA = "emv3_jax"  # the record's name in the header of a .safetensors file of ours
 ROLES = ("dit", "text", "image", "vae", "speech")  # names of models in a training state
-AVERAGE, RAW = "ema", "params"  # fields of training.state.TrainState
-OTHER_STEP = "give another step's folder"
 
 
 class ConvertedFolder(Source):
@@ -66,11 +64,7 @@ class TrainedModel(Source):
 
     def read_many(self, keys: Iterable[str]) -> dict[str, np.ndarray]:
         paths = {f"{self._part}/{key}": key for key in keys}
-        found = read_parameters(self.path / ITEM, paths, OTHER_STEP)
-        try:
-            check_unchanged(paths, map(self._checksums.get, paths), (checksum(found[path]) for path in paths))
-        except ValueError as error:
-            raise UserError(f"{self.path} is damaged ({error}); {OTHER_STEP}") from error
+        found = read_arrays(self.path, paths, self._checksums)
         return {key: found.pop(path) for path, key in paths.items()}
 
 
@@ -136,7 +130,7 @@ def trained_models(step: Path, field: str) -> list[TrainedModel]:
     found = {path.removeprefix(f"{field}/"): leaf for path, leaf in stored.items() if path.startswith(f"{field}/")}
     if not found:
         raise UserError(f"{step} is no checkpoint of train.py: it holds no {field}")
-    names = names_of(step, stored)
+    sums = recorded(step, stored)
     weights = step.absolute().parent.parent / "weights"
     if all(path.rpartition("/")[2] in ("down", "up") for path in found):
         raise UserError(
@@ -152,6 +146,4 @@ def trained_models(step: Path, field: str) -> list[TrainedModel]:
     for path, leaf in found.items():
         role, _, rest = path.partition("/")
         models.setdefault(role, {})[rest] = leaf
-    sums = read_parameters(step / ITEM, [CHECKSUMS], OTHER_STEP)[CHECKSUMS]
-    recorded = dict(zip(names, map(int, sums), strict=True))
-    return [TrainedModel(step, f"{field}/{role}", _header(models[role]), recorded) for role in models]
+    return [TrainedModel(step, f"{field}/{role}", _header(models[role]), sums) for role in models]

@@ -264,10 +264,19 @@ def forward_flops(cfg: DiTConfig, tokens: int) -> float:
 
     tokens: of its latents, (T·h·w) / 4.
     """
-    context = cfg.text_len + cfg.image_tokens
     projections = 2 * tokens * (6 * cfg.width**2 + 2 * cfg.width * cfg.ffn)  # self, cross, MLP
-    attention = 4 * tokens * cfg.width * (tokens + context)
-    return float(cfg.layers * (projections + attention + 4 * context * cfg.width**2))
+    keys_and_values = 4 * (cfg.text_len + cfg.image_tokens) * cfg.width**2
+    return float(cfg.layers * (projections + keys_and_values) + _attention_flops(cfg, tokens))
+
+
+def recomputed_flops(cfg: DiTConfig, tokens: int) -> float:
+    """What of `forward_flops` is computed once more in the backward pass (cfg.remat)."""
+    return {"": 0.0, "full": forward_flops(cfg, tokens), "dots": _attention_flops(cfg, tokens)}[cfg.remat]
+
+
+def _attention_flops(cfg: DiTConfig, tokens: int) -> float:
+    """Of scores and sums of values, of self- and cross-attention."""
+    return float(cfg.layers * 4 * tokens * cfg.width * (tokens + cfg.text_len + cfg.image_tokens))
 
 
 def zero_inputs(cfg: DiTConfig, latent_frames: int = 1) -> tuple[jax.Array, jax.Array, Conditions]:

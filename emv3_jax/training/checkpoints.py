@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from flax import traverse_util
 
-from emv3_jax.converted import hide_abandoned, stored_shapes
+from emv3_jax.converted import hide_abandoned, read_parameters, stored_shapes
 from emv3_jax.errors import UserError
 from emv3_jax.files import reason
 from emv3_jax.training import distributed
@@ -26,6 +27,8 @@ from emv3_jax.training.state import TrainState, layout_of
 
 ITEM = "default"  # Orbax's folder in that of a step
 CHECKSUMS = "checksums"
+AVERAGE, RAW = "ema", "params"  # fields of TrainState
+OTHER_STEP = "give another step"
 GOOD, DAMAGED, MAY_PASS = range(3)  # what became of reading; the last of any process counts for all
 T = TypeVar("T")
 
@@ -67,6 +70,46 @@ def check_unchanged(names: Iterable[str], recorded: Iterable[Any], now: Iterable
         raise ValueError(
             f"{wrong[0]} is not what was saved" + (f", nor are {len(wrong) - 1} more" if wrong[1:] else "")
         )
+
+
+def recorded(step: pathlib.Path, found: Iterable[str]) -> dict[str, int]:
+    """The checksums of a checkpoint's arrays by name. found: all that it holds.
+
+    Raises:
+      UserError: as `names_of`.
+    """
+    names = names_of(step, found)
+    sums = read_parameters(step / ITEM, [CHECKSUMS], OTHER_STEP)[CHECKSUMS]
+    return dict(zip(names, map(int, sums), strict=True))
+
+
+def read_arrays(step: pathlib.Path, names: Iterable[str], sums: Mapping[str, int]) -> dict[str, np.ndarray]:
+    """Some arrays of a checkpoint in host memory, by name.
+
+    Args:
+      sums: `recorded`.
+    Raises:
+      UserError: they are not what was saved.
+    """
+    names = list(names)
+    found = read_parameters(step / ITEM, names, OTHER_STEP)
+    try:
+        check_unchanged(names, map(sums.get, names), (checksum(found[name]) for name in names))
+    except ValueError as error:
+        raise UserError(f"{step} is damaged ({error}); {OTHER_STEP}") from error
+    return found
+
+
+def read_field(step: pathlib.Path, field: str) -> dict[str, Any]:
+    """A field of the state in a checkpoint's folder, AVERAGE or RAW, whole in host memory.
+
+    Raises:
+      UserError: the checkpoint is damaged.
+    """
+    found = stored_shapes(step / ITEM, OTHER_STEP)
+    names = [name for name in found if name.startswith(f"{field}/")]
+    arrays = read_arrays(step, names, recorded(step, found))
+    return traverse_util.unflatten_dict({name.removeprefix(f"{field}/"): arrays.pop(name) for name in names}, sep="/")
 
 
 def _by_name(tree: Any) -> dict[str, Any]:

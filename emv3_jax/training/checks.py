@@ -25,6 +25,7 @@ from emv3_jax.training.verdicts import ISSUES
 
 Test = tuple[Callable[[Any], bool], str]
 CROP_FRAMES = 497  # the longest 4k + 1 that fits into the sentences that crops are cut from (clips.sample_crops)
+BETA_OF_ERRORS = 100
 EVAL_FRAMES = 13  # the shortest clip that every measure can be taken of
 
 
@@ -186,6 +187,11 @@ def dit(cfg: Any, preset: Preset) -> list[str]:
     if cfg.objective != "sft":
         needed = [key for key in ("negatives", "init_from") if not cfg[key]]
         wrong += [f"config key {key} is needed for {cfg.objective}" for key in needed]
+    if cfg.objective == "ndpo_absolute" and cfg.beta > BETA_OF_ERRORS:
+        wrong.append(
+            f"config key beta must be at most {BETA_OF_ERRORS} for ndpo_absolute, some 10 say, got {cfg.beta:g}: it takes"
+            " exp(-beta x error), which is 0 in float32 where errors are a few tenths, and teaches nothing"
+        )
     wrong += model(preset.dit)
     for section, read in (("sampling", lambda s: SamplingOptions(**s)), ("phda", PhDAConfig.from_config)):
         try:

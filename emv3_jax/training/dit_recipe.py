@@ -318,9 +318,10 @@ class DiTRecipe:
         weight_files.record_training(folder, self.preset, self.phda, self.cfg.frozen_weights, elsewhere)
 
     def work(self, batch: dict[str, Any]) -> tuple[int, float]:
-        """Tokens of a batch, and FLOPs of a step on it: forward, backward and, for remat, forward again; a preference
+        """Tokens of a batch, and FLOPs of a step on it: forward, backward and what remat computes again; a preference
         looks at its reference too."""
         samples, *grid, _ = batch["latents"].shape
-        tokens = int(np.prod(grid)) // int(np.prod(self.preset.dit.patch))
-        passes = 3 + bool(self.preset.dit.remat) + (self.cfg.objective != SFT)
-        return samples * tokens, passes * samples * dit.forward_flops(self.preset.dit, tokens)
+        cfg, tokens = self.preset.dit, int(np.prod(grid)) // int(np.prod(self.preset.dit.patch))
+        passes = 3 + (self.cfg.objective != SFT)
+        one = passes * dit.forward_flops(cfg, tokens) + dit.recomputed_flops(cfg, tokens)
+        return samples * tokens, samples * one

@@ -203,8 +203,9 @@ class _Run:
                 step += 1
                 watch.add(step, metrics)
                 report.add(step, metrics, self._work(batch, step))
-                if step % cfg.log_every == 0 or step == first + 1:
+                if step % cfg.log_every == 0 or step in (first + 1, cfg.steps):
                     report.tell_previous()
+                report.tell_if_known()
         self.checkpoints.wait()
         report.flush()
         stopped = distributed.largest(next(iter(signals.received), 0))
@@ -361,7 +362,8 @@ def peak_flops() -> float:
 
 
 class _Report:
-    """Says how the run goes. A line is told when the next one is due, so that nothing waits for its numbers.
+    """Says how the run goes. A line is told when its numbers are known or the next one is due, so that nothing waits
+    for them.
 
     Means are over all samples since the last line, everything else is of the line's step.
     """
@@ -398,6 +400,11 @@ class _Report:
                 speeds["share_of_peak"] = self.flops / seconds / self.peak
         self.noted, self.pending = (step, now), (step, speeds, {**metrics, **self.means})
         self.means, self.tokens, self.flops = {}, 0, 0.0
+
+    def tell_if_known(self) -> None:
+        """Tells what was noted, if that need not be waited for: steps may take minutes each."""
+        if self.pending and all(leaf.is_ready() for leaf in jax.tree.leaves(self.pending[2])):
+            self.flush()
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:

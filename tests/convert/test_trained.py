@@ -111,9 +111,9 @@ def test_of_a_checkpoint_the_average_or_the_weights_are_read_and_nothing_else(tm
     trees = [{"dit": params_of("dit-flash", seed)} for seed in range(4)]
     folder = save(tmp_path, {3: (trees[0], trees[1]), 10: (trees[2], trees[3])})
     read = []
-    plain = parameters.read_parameters
+    plain = checkpoints.read_parameters
     monkeypatch.setattr(
-        parameters, "read_parameters", lambda where, paths, *more: read.extend(paths) or plain(where, paths, *more)
+        checkpoints, "read_parameters", lambda where, paths, *more: read.extend(paths) or plain(where, paths, *more)
     )
     asked = [
         ((folder,), trees[3], "ema"),  # the newest by number, not by name
@@ -181,7 +181,7 @@ def test_what_holds_no_whole_model_is_refused_with_the_place_of_one(tmp_path, ca
     done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)  # stderr whole, to its end
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
-    assert "is damaged and cannot be read" in line and line.endswith("give another step's folder")
+    assert "is damaged and cannot be read" in line and line.endswith("give another step")
     assert not out.exists() or not any(out.iterdir())
     (whole / "1/default/_METADATA").unlink()
     assert run("to-torch", whole, "--to", out) == 2
@@ -201,7 +201,7 @@ def test_a_checkpoint_whose_bytes_changed_is_refused_and_so_is_one_without_check
             path.write_bytes(changed)
         if run("to-torch", folder, "--to", out, "--overwrite") == 2:
             (line,) = lines(capsys)
-            assert f"{folder}/1" in line and "is damaged" in line and line.endswith("give another step's folder")
+            assert f"{folder}/1" in line and "is damaged" in line and line.endswith("give another step")
         else:
             assert same(out / "dit-preview.safetensors", tensors_of("dit-preview", tree["dit"]))
             shutil.rmtree(out)

@@ -135,6 +135,11 @@ BAD = {
     "objective": ("dit", {"objective": "rlhf"}, "objective must be one of sft, ndpo, ndpo_absolute, dpo, got 'rlhf'"),
     "no negatives": ("dit", {"objective": "ndpo", "init_from": "x"}, "negatives is needed for ndpo"),
     "beta": ("dit", {"beta": 0.0}, "beta must be a number above 0"),
+    "beta of no gradient": (
+        "dit",
+        {"objective": "ndpo_absolute", "beta": 1000.0, "negatives": "x", "init_from": "x"},
+        "beta must be at most 100 for ndpo_absolute, some 10 say, got 1000",
+    ),
     "boundaries": ("dit", {"phda": {"audio": (700.0, 600.0)}}, "config key phda: PhDA boundaries of audio"),
     "boundaries of the unknown": ("dit", {"phda": {"sound": ()}}, "config key phda: 'sound' is none of text, image"),
     "eval_frames": ("dit", {"eval_frames": 129}, "eval_frames must be at most 125, got 129"),

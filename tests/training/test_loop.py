@@ -397,6 +397,18 @@ def test_means_are_of_all_steps_since_the_last_line(tmp_path):
     assert seen[8]["tokens_per_second"] == pytest.approx(10 * seen[8]["steps_per_second"])
 
 
+def test_the_last_steps_are_told_too(tmp_path):
+    loop.train(Quadratic(), config(log_every=8), tmp_path)
+    assert [row["step"] for row in lines(tmp_path) if "loss" in row] == [1, 8, 12]
+
+
+def test_a_line_is_told_as_soon_as_its_numbers_are_known(tmp_path):
+    """Steps may take minutes each, so that the next line is an hour away."""
+    seen = []
+    loop.train(Quadratic(before_batch=lambda step: seen.append(len(lines(tmp_path)))), config(log_every=50), tmp_path)
+    assert seen[0] == 0 and seen[3] == 1
+
+
 def test_films_are_kept_and_shown(whole):
     assert [path.name for path in sorted((whole / "samples").iterdir())] == ["film_0000006.mp4", "film_0000012.mp4"]
     images = [v.image for e in events(whole) for v in e.summary.value if v.tag == "film"]
