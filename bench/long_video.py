@@ -1,6 +1,7 @@
 """Videos of a minute in every long form, on held-out puppets: python -m bench.long_video [--clips 8] [--seconds 60]
 
-Puppets sit still and the camera does not move, so that every change but the mouth's is an error. For each form: seam
+Puppets sit still and the camera does not move, so that every change but the mouth's is an error; with --moving they do
+as their prompts say, and whether they do is a column. For each form: seam
 error (how much larger the error of the change between frames is at the edges of windows than where other latent frames
 begin), colour drift of the background since the beginning, and sync in the first and in the last 10 s. A form may be
 followed by one of `CHANGES`: "cfg, fresh noise".
@@ -92,6 +93,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=int, default=60)
     names = [*LONG_FORMS, *(f"{form}, {change}" for form in LONG_FORMS for change in CHANGES)]
     parser.add_argument("--forms", nargs="+", choices=names, default=["none", "chained", "released", "cfg"])
+    parser.add_argument("--moving", action="store_true", help="puppets that move as others do")
     parser.add_argument("--overlap", type=int, default=8, help="latent frames")
     parser.add_argument("--json", help="also write the numbers of every clip here")
     args = parser.parse_args()
@@ -103,9 +105,16 @@ def main() -> int:
         options = SamplingOptions(long_video=form, overlap=args.overlap, **CHANGES.get(change, {}))
         started = time.monotonic()
         for k in range(args.clips):
-            clip = still_clip(FIRST_CLIP + k, frames)
+            clip = (
+                clips.make_clip("heldout", FIRST_CLIP + k, frames)
+                if args.moving
+                else still_clip(FIRST_CLIP + k, frames)
+            )
             video = generate(pipe, clip, options, seed=k, match=change == MATCHED)
-            rows.setdefault(name, []).append(measure(video, clip, seams(form, frames, options)))
+            row = measure(video, clip, seams(form, frames, options))
+            if args.moving:
+                row["motion right"] = metrics.score_clip(video, clip)["motion"]
+            rows.setdefault(name, []).append(row)
         means = {key: np.mean([row[key] for row in rows[name]]) for key in rows[name][0]}
         if name == args.forms[0]:
             print("| form | " + " | ".join(means) + " | s a video |\n" + "| --- " * (len(means) + 2) + "|")

@@ -52,16 +52,17 @@ def score_weights(
     frames: int,
     spoken: dict[str, list[clips.Clip]],
     tasks: Iterable[str] = ("i2v",),
+    first_clip: int = 0,
 ) -> dict[str, list[dict[str, float]]]:
     """Rows of the table: name -> scores of each clip.
 
     Args:
-      count, frames: held-out clips.
+      count, frames: held-out clips; first_clip: the number of the first.
       spoken: clips of recordings, by the name of their row.
       tasks: what is generated, a row each; rows of other tasks than i2v have the task in their name.
     """
     size = pipe.preset.height
-    held_out = [clips.make_clip("heldout", i, frames) for i in range(count)]
+    held_out = [clips.make_clip("heldout", first_clip + i, frames) for i in range(count)]
 
     def true(batch: list[clips.Clip], first: int) -> np.ndarray:
         return np.stack([np.asarray(clip.render(size)) for clip in batch])
@@ -97,6 +98,7 @@ def main(arguments: list[str]) -> int:
     """Parses the command line, scores, prints."""
     parser = command_line.make_parser("emv3_jax.puppets.score", __doc__, config="configs/demo.py")
     parser.add_argument("--clips", type=int, default=64, help="held-out clips (default: 64)")
+    parser.add_argument("--first", type=int, default=0, help="number of the first of them (default: 0)")
     parser.add_argument("--frames", type=int, default=81, help="frames of a clip, 4k + 1 (default: 81)")
     parser.add_argument("--task", nargs="+", choices=TASKS, default=["i2v"], help="what to generate (default: i2v)")
     parser.add_argument("--recordings", nargs="*", default=[], type=pathlib.Path, help="sound files to speak")
@@ -105,6 +107,8 @@ def main(arguments: list[str]) -> int:
     options, cfg = command_line.parse(parser, arguments)
     if options.clips < 1:
         raise UserError(f"--clips must be at least 1, got {options.clips}")
+    if options.first < 0:
+        raise UserError(f"--first must be 0 or more, got {options.first}")
     target = media.check_writable(options.json, (".json",)) if options.json else None
     if "sampling" not in cfg or "preset" not in cfg or "weights" not in cfg:
         raise UserError("this config is not for sampling: give configs/demo.py")
@@ -118,7 +122,8 @@ def main(arguments: list[str]) -> int:
     }
     command_line.setup_compile_cache()
     pipe = load_pipeline(cfg.preset, options.weights or cfg.weights or None)
-    table = score_weights(pipe, sampling, options.clips, options.frames, spoken, dict.fromkeys(options.task))
+    tasks = dict.fromkeys(options.task)
+    table = score_weights(pipe, sampling, options.clips, options.frames, spoken, tasks, options.first)
     means = {name: {"clips": len(rows), **evaluation.means(rows)} for name, rows in table.items()}
     wide = max(len(name) for name in means) + 2
     print(f"{'':{wide}}{'clips':>7}" + "".join(f"{name:>12}" for name in COLUMNS))

@@ -189,8 +189,8 @@ def dit(cfg: Any, preset: Preset) -> list[str]:
         wrong += [f"config key {key} is needed for {cfg.objective}" for key in needed]
     if cfg.objective == "ndpo_absolute" and cfg.beta > BETA_OF_ERRORS:
         wrong.append(
-            f"config key beta must be at most {BETA_OF_ERRORS} for ndpo_absolute, some 10 say, got {cfg.beta:g}: it takes"
-            " exp(-beta x error), which is 0 in float32 where errors are a few tenths, and teaches nothing"
+            f"config key beta must be at most {BETA_OF_ERRORS} for ndpo_absolute, some 10 say, got {cfg.beta:g}: its"
+            " exp(-beta x error) is 0 in float32 where errors are a few tenths, and teaches nothing"
         )
     wrong += model(preset.dit)
     for section, read in (("sampling", lambda s: SamplingOptions(**s)), ("phda", PhDAConfig.from_config)):

@@ -18,7 +18,7 @@ from flax import traverse_util
 from safetensors.torch import load_file
 
 from convert import __main__ as command
-from convert import engine, parameters
+from convert import engine
 from convert.registry import MODELS
 from emv3_jax import checkpoint
 from emv3_jax.command_line import run_main

@@ -74,6 +74,7 @@ def test_a_row_a_task(words, tmp_path, capsys):
         (["--frames=9"], "--frames must be 4k + 1 and at least 13, got 9"),
         (["--frames=17"], "--frames must be at most 13, the longest clip of the preset tiny, got 17"),
         (["--clips=0"], "--clips must be at least 1, got 0"),
+        (["--first=-1"], "--first must be 0 or more, got -1"),
         (["--task", "i2v", "v2v"], "--task: invalid choice: 'v2v'"),
         (["--config.preset=huge"], "config key preset: 'huge' is none of demo, "),
         (["--config.sampling.steps=0"], "steps must be at least 1"),
