@@ -8,12 +8,12 @@ The weights that made the clips are the start and the reference; clips that othe
 several sizes are unlearnt a size at a time, those shorter than a batch of `stages` whole. `objective`: ndpo compares
 with the reference and fades as negatives become unlikely; ndpo_absolute is the paper's formula as it stands; dpo is the
 paired baseline, each negative against the true clip it was made after: with it give --config.micro_batches=8, say,
-which divides the clips of a batch. beta here is for differences between errors. ndpo_absolute takes exp(-beta·err) of the
-error itself, which in float32 is exactly 0 from beta·err of 88 on, and lost beside AdamW's epsilon long before: give it
---config.beta=10, for velocity errors of a few tenths. A stage is short: it only pushes away, and what it harms the SFT
-after it mends (full_cycle.py). beta1 is 0, for momentum runs on after the preference has faded: on puppets the errors
-rose with it to fifteen times what they rise to without (docs/benchmarks.md). The loss that is logged is the preference
-over beta; `error_over_reference` says how far the errors have risen.
+which divides the clips of a batch. beta here is for differences between errors. ndpo_absolute takes exp(-beta·err) of
+the error itself, which in float32 is exactly 0 from beta·err of 88 on, and lost beside AdamW's epsilon long before:
+give it --config.beta=10, for velocity errors of a few tenths. A stage is short: it only pushes away, and what it harms
+the SFT after it mends (full_cycle.py). beta1 is 0, for momentum runs on after the preference has faded: on puppets the
+errors rose with it to fifteen times what they rise to without (docs/benchmarks.md). The loss that is logged is the
+preference over beta; `error_over_reference` says how far the errors have risen.
 """
 
 import ml_collections
