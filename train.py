@@ -10,14 +10,10 @@ import pathlib
 import re
 import signal
 import sys
-import threading
-from collections.abc import Callable
 from typing import Any
 
 from emv3_jax import command_line
 from emv3_jax.errors import UserError
-
-PATIENCE = 300  # seconds in which all processes of a run must have started
 
 
 def main(arguments: list[str]) -> int:
@@ -58,35 +54,9 @@ def join_others(options: argparse.Namespace) -> None:
             raise UserError(f"--coordinator must be HOST:PORT, got {options.coordinator!r}")
     elif not options.distributed:
         return
-    import jax
+    from emv3_jax.training import distributed
 
-    # It would take SIGTERM for itself and do nothing; `training.loop` stops all processes together.
-    jax.config.update("jax_enable_preemption_service", False)
-    # JAX's own patience ends the program without a word that helps; ours ends before.
-    wait_for(lambda: jax.distributed.initialize(*explicit, initialization_timeout=2 * PATIENCE))
-
-
-def wait_for(join: Callable[[], None]) -> None:
-    """join(), which finds the other processes, in a thread of its own: a signal ends the wait for it."""
-    failed: list[Exception] = []
-
-    def joined() -> None:
-        try:
-            join()
-        except Exception as error:  # of whatever tells who is who
-            failed.append(error)
-
-    thread = threading.Thread(target=joined, daemon=True)
-    thread.start()
-    thread.join(PATIENCE)
-    if thread.is_alive():
-        raise UserError(
-            f"the processes did not find one another within {PATIENCE} s: start all of them, and let --coordinator name"
-            " a host and port of the first one that the others can reach"
-        )
-    if failed:
-        lines = str(failed[0]).splitlines() or [type(failed[0]).__name__]
-        raise UserError(f"the processes did not find one another: {lines[0]}") from failed[0]
+    distributed.join(*explicit)
 
 
 if __name__ == "__main__":

@@ -217,14 +217,12 @@ PARTS = {"puppets": puppet_rows, "films": film_rows, "records": record_rows}
 
 def main(arguments: list[str]) -> int:
     """Measures and prints."""
-    parser = command_line.Parser(
-        description=(__doc__ or "").splitlines()[0], formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--clips", type=int, default=16, help="puppets")
     parser.add_argument("--films", type=int, default=8)
     parser.add_argument("--records", type=int, default=16)
-    parser.add_argument("--batches", type=int, default=24, help="that are loaded, after one that is not counted")
+    parser.add_argument("--batches", type=int, default=24, help="that are loaded, after some that are not counted")
     options = parser.parse_args(arguments)
     if min(options.films, options.batches) < 1:
         raise UserError("--films and --batches must be 1 or more")

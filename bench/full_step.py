@@ -15,8 +15,9 @@ from emv3_jax.pipeline import expected_params
 from emv3_jax.training import recipes
 from emv3_jax.training import state as train_state
 from emv3_jax.training.dit_recipe import DiTRecipe
+from emv3_jax.training.loop import PEAKS
 
-PEAK = {"v4": 275e12, "v5e": 197e12, "v5p": 459e12, "v6e": 918e12}  # bf16 FLOP/s of a chip, as published
+PEAK = {kind: PEAKS[f"TPU {kind}"] for kind in ("v4", "v5e", "v5p", "v6e")}  # bf16 FLOP/s of a chip
 
 Latents = tuple[int, int, int]
 

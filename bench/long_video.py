@@ -1,13 +1,12 @@
 """Videos of a minute in every long form, on held-out puppets: python -m bench.long_video [--clips 8] [--seconds 60]
 
 Puppets sit still and the camera does not move, so that every change but the mouth's is an error; with --moving they do
-as their prompts say, and whether they do is a column. For each form: seam
-error (how much larger the error of the change between frames is at the edges of windows than where other latent frames
-begin), colour drift of the background since the beginning, and sync in the first and in the last 10 s. A form may be
-followed by one of `CHANGES`: "cfg, fresh noise".
+as their prompts say, and whether they do is a column. For each form: seam error (how much larger the error of the
+change between frames is at the edges of windows than where other latent frames begin), colour drift of the background
+since the beginning, and sync in the first and in the last 10 s. A form may be followed by one of `CHANGES`: "cfg, fresh
+noise".
 """
 
-import argparse
 import dataclasses
 import json
 import sys
@@ -15,9 +14,10 @@ import time
 
 import numpy as np
 
-from emv3_jax import media
+from emv3_jax import command_line, media
 from emv3_jax.config import DEMO, FPS
 from emv3_jax.diffusion.long_video import NOISES
+from emv3_jax.errors import UserError
 from emv3_jax.options import LONG_FORMS, SamplingOptions
 from emv3_jax.pipeline import Pipeline, Request, load_pipeline
 from emv3_jax.puppets import clips, metrics, prompts, world
@@ -37,10 +37,10 @@ def still_clip(number: int, frames: int) -> clips.Clip:
     return dataclasses.replace(clip, motion="still", camera="fixed", pose=pose, prompt=prompt)
 
 
-def piece(clip: clips.Clip, first: int, last: int) -> clips.Clip:
+def piece(clip: clips.Clip, frames: slice | np.ndarray) -> clips.Clip:
     """Some frames of a clip."""
-    pose = world.Pose(**{name: getattr(clip.pose, name)[first:last] for name in world.Pose.__dataclass_fields__})
-    return dataclasses.replace(clip, pose=pose, mouth=clip.mouth[first:last])
+    pose = world.Pose(**{name: getattr(clip.pose, name)[frames] for name in world.Pose.__dataclass_fields__})
+    return dataclasses.replace(clip, pose=pose, mouth=clip.mouth[frames])
 
 
 def seams(form: str, frames: int, options: SamplingOptions) -> list[int]:
@@ -57,14 +57,12 @@ def measure(video: np.ndarray, clip: clips.Clip, at: list[int]) -> dict[str, flo
     """The measures of one video in [-1, 1]."""
     ten = 10 * FPS
     ends = range(ten, len(video) + 1, ten)
-    drifts = [
-        metrics.background_drift(np.concatenate([video[:10], video[end - 10 : end]]), piece(clip, 0, 20))
-        for end in ends
-    ]
+    both = [np.r_[:10, end - 10 : end] for end in ends]
+    drifts = [metrics.background_drift(video[frames], piece(clip, frames)) for frames in both]
     parts = {"first": (1, ten), "last": (len(video) - ten, len(video))}
     syncs = {
         f"sync, {name} 10 s": metrics.sync(
-            metrics.mouth_height(video[a:b], piece(clip, a, b)), clip.mouth[a:b, 0]
+            metrics.mouth_height(video[a:b], piece(clip, slice(a, b))), clip.mouth[a:b, 0]
         )[0]
         for name, (a, b) in parts.items()
     }  # fmt: skip
@@ -79,16 +77,16 @@ def measure(video: np.ndarray, clip: clips.Clip, at: list[int]) -> dict[str, flo
 
 def generate(pipe: Pipeline, clip: clips.Clip, options: SamplingOptions, seed: int, match: bool) -> np.ndarray:
     """The video [F, H, W, 3] in [-1, 1]."""
-    portrait = media.to_uint8(np.asarray(piece(clip, 0, 1).render(DEMO.height))[0])
+    portrait = media.to_uint8(np.asarray(piece(clip, slice(0, 1)).render(DEMO.height))[0])
     request = Request(
         image=portrait, audio=clip.wave, prompt=clip.prompt, frames=len(clip.mouth), seed=seed, match_colours=match
     )
     return scaled(pipe.generate(request, options).frames)
 
 
-def main() -> int:
+def main(arguments: list[str]) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = command_line.Parser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--clips", type=int, default=8)
     parser.add_argument("--seconds", type=int, default=60)
     names = [*LONG_FORMS, *(f"{form}, {change}" for form in LONG_FORMS for change in CHANGES)]
@@ -96,7 +94,9 @@ def main() -> int:
     parser.add_argument("--moving", action="store_true", help="puppets that move as others do")
     parser.add_argument("--overlap", type=int, default=8, help="latent frames")
     parser.add_argument("--json", help="also write the numbers of every clip here")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
+    if args.clips < 1 or args.seconds < 10:
+        raise UserError("--clips must be 1 or more, --seconds 10 or more")
     pipe = load_pipeline("demo")
     frames = args.seconds * FPS + 1
     rows: dict[str, list[dict[str, float]]] = {}
@@ -127,4 +127,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command_line.run_main(main))

@@ -110,7 +110,10 @@ def from_config(section: Mapping[str, int]) -> Mesh | None:
     if count == 1 and max(given.values(), default=1) <= 1:
         return None
     others = math.prod(max(size, 1) for size in given.values())
-    return make_mesh(**{axis: size or max(1, count // others) for axis, size in given.items()})
+    try:
+        return make_mesh(**{axis: size or max(1, count // others) for axis, size in given.items()})
+    except UserError as error:
+        raise UserError(f"config key mesh: {error}; give sizes that divide them, --config.mesh.context=1 say") from None
 
 
 def axis_size(name: str) -> int:

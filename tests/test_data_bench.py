@@ -1,7 +1,6 @@
-"""The bench of training data: films become clips, large records are read as in training, batches ahead are paid for."""
+"""The bench of training data: films become clips, large records are read as in training."""
 
 import dataclasses
-import time
 
 import numpy as np
 import pytest
@@ -35,18 +34,6 @@ def test_large_records_are_read_as_in_training(tiny, tmp_path, monkeypatch):
     assert np.abs(batch["text"][:, :3]).min() > 0 == np.abs(batch["text"][:, 3:]).max()
     assert size > 4 * 3 * 4 * 6 * 16 * 2  # latents of the clip and of what three tasks are given of it, float16
     assert data.load(recipe.batch, 3, 2) > 0
-
-
-@pytest.mark.parametrize("threads", [0, 3])
-def test_batches_that_are_made_ahead_are_paid_for(threads):
-    """A batch takes a while, and a machine has no more than so many threads."""
-
-    def make(step):
-        time.sleep(0.06)
-        return step
-
-    seconds = data.load(make, 6, threads)
-    assert seconds >= 0.9 * 6 * 0.06 / max(threads, 1)
 
 
 @pytest.mark.parametrize("words", [["--clips", "11"], ["--records", "3"], ["--films", "0"], ["--parts", "other"]])

@@ -92,7 +92,15 @@ def read_arrays(step: pathlib.Path, names: Iterable[str], sums: Mapping[str, int
       UserError: they are not what was saved.
     """
     names = list(names)
-    found = read_parameters(step / ITEM, names, OTHER_STEP)
+    try:
+        found = read_parameters(step / ITEM, names, OTHER_STEP)
+    except UserError as error:
+        cause = error.__cause__ or error
+        if _may_pass(cause):
+            raise UserError(
+                f"{step} could not be read ({_why(cause)}), and may be whole: look at the memory and the disk"
+            ) from error
+        raise
     try:
         check_unchanged(names, map(sums.get, names), (checksum(found[name]) for name in names))
     except ValueError as error:
@@ -134,10 +142,11 @@ class Checkpoints:
 
     def save(self, step: int, state: TrainState) -> None:
         """Begins to write a state, which may be donated as soon as this returns; raises as `wait`."""
+        whole = jax.block_until_ready({**vars(state), CHECKSUMS: checksums(state)})  # see Stopping.agreed
         self.wait()
         self._writing = step
         with self._told():
-            self._manager.save(step, args=ocp.args.StandardSave({**vars(state), CHECKSUMS: checksums(state)}))
+            self._manager.save(step, args=ocp.args.StandardSave(whole))
 
     def wait(self) -> None:
         """Until the last state is written.

@@ -25,7 +25,7 @@ from emv3_jax.training.verdicts import ISSUES
 
 Test = tuple[Callable[[Any], bool], str]
 CROP_FRAMES = 497  # the longest 4k + 1 that fits into the sentences that crops are cut from (clips.sample_crops)
-BETA_OF_ERRORS = 100
+BETA_OF_ERRORS = 100  # beyond it a preference that takes exp(-beta x error) has no gradient left
 EVAL_FRAMES = 13  # the shortest clip that every measure can be taken of
 
 
@@ -190,7 +190,7 @@ def dit(cfg: Any, preset: Preset) -> list[str]:
     if cfg.objective == "ndpo_absolute" and cfg.beta > BETA_OF_ERRORS:
         wrong.append(
             f"config key beta must be at most {BETA_OF_ERRORS} for ndpo_absolute, some 10 say, got {cfg.beta:g}: its"
-            " exp(-beta x error) is 0 in float32 where errors are a few tenths, and teaches nothing"
+            " exp(-beta x error) is next to nothing where errors are a few tenths, and teaches nothing"
         )
     wrong += model(preset.dit)
     for section, read in (("sampling", lambda s: SamplingOptions(**s)), ("phda", PhDAConfig.from_config)):
@@ -205,8 +205,8 @@ def dit(cfg: Any, preset: Preset) -> list[str]:
 
 def _pattern(value: Any) -> bool:
     try:
-        return bool(value) and bool(re.compile(value))
-    except (re.error, TypeError):
+        return isinstance(value, str) and bool(value) and bool(re.compile(value))
+    except (re.error, OverflowError):
         return False
 
 

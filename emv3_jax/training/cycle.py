@@ -35,7 +35,7 @@ from emv3_jax.training.dit_recipe import SFT, DiTRecipe
 from emv3_jax.training.run_log import other_settings
 
 DONE = "done.json"
-FOLLOWS = ("init_from", "silent_audio", "negatives")  # keys of a later stage that follow from the stages before
+FOLLOWS, STARTS = ("negatives",), ("init_from", "silent_audio")  # keys that are not a stage's own; not a later one's
 REVIEW = {
     "clips": checks.whole(1),
     "batch": checks.whole(1),
@@ -71,7 +71,7 @@ def train(cfg: Any, workdir: pathlib.Path) -> int:
                     stage.minutes = min(stage.minutes or left, left)
             if (ended := _run(cfg.review, folder, stage)) is not None:
                 return ended
-        elif changed := other_settings(folder, stage, () if stage is stages[0][1] else FOLLOWS):
+        elif changed := other_settings(folder, stage, FOLLOWS if stage is stages[0][1] else FOLLOWS + STARTS):
             loop.say(
                 f"note: stage {folder.name} is done, with other settings than these ({changed}), and stays as it is: to"
                 " train it anew, delete its folder and those of later stages, or give another --workdir"
@@ -176,7 +176,7 @@ def stage_configs(cfg: Any, workdir: pathlib.Path) -> list[tuple[pathlib.Path, A
         stage = ml_collections.ConfigDict(cfg.to_dict())
         with stage.unlocked(), stage.ignore_type():  # `check` says what types there must be
             folder = workdir / f"{number}_{changes.pop('name')}"
-            follows = {"cycle", "review", *(FOLLOWS if found else ("negatives",))}
+            follows = {"cycle", "review", *FOLLOWS, *(STARTS if found else ())}
             if given := sorted(follows & set(changes)):
                 raise UserError(
                     f"config key cycle: stage {number} sets {given[0]!r}, which follows from the stages before or is"
@@ -225,17 +225,17 @@ def _reviewed(review: Any, stage: Any, recipe: DiTRecipe) -> bool:
     if (folder / builder.PLAN).exists():
         builder.check_plan(folder, plan)
     if distributed.any_of(not _sampled(folder, min(review.clips, len(recipe.data)))):
-        negatives.sample(
-            recipe.make_sampler(stage.init_from), options, recipe.data, folder, review.clips, review.batch, plan
-        )
+        with distributed.together():
+            pipe = recipe.make_sampler(stage.init_from)
+        negatives.sample(pipe, options, recipe.data, folder, review.clips, review.batch, plan)
     waiting = {row["id"] for row in verdicts.read_clips(folder)} - verdicts.read_verdicts(folder).keys()
     if not distributed.any_of(bool(waiting)):  # a person may be at it just now, so processes may see different things
         return True
     if review.judge == negatives.METRICS:
-        if jax.process_index() == 0:
-            count = negatives.judge(recipe.make_sampler(stage.init_from), folder, stage.issue, review.share)
-            loop.say(f"{count} clips rejected for {stage.issue}: {folder}")
-        distributed.wait()
+        with distributed.together():
+            if jax.process_index() == 0:
+                count = negatives.judge(recipe.make_sampler(stage.init_from), folder, stage.issue, review.share)
+                loop.say(f"{count} clips rejected for {stage.issue}: {folder}")
         return True
     loop.say(
         f"{len(waiting)} clips wait to be reviewed: python -m emv3_jax.training.review {folder}; then give this command"

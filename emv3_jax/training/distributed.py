@@ -1,18 +1,66 @@
-"""What differs when several processes train together: which rows each reads, when they stop, and who speaks."""
+"""What differs when several processes train together: how they meet, which rows each reads, when they stop, and who
+speaks."""
 
 import contextlib
 import math
+import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from emv3_jax import sharding
 from emv3_jax.errors import UserError
+
+PATIENCE = 300  # seconds in which all processes of a run must have started
+WEEK = 7 * 24 * 3600
+
+
+def join(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:
+    """Finds the other processes, before anything else is asked of JAX; without arguments as the cluster tells.
+
+    Raises:
+      UserError: they are not there.
+    """
+    # It would take SIGTERM for itself and do nothing; `training.loop` stops all processes together.
+    jax.config.update("jax_enable_preemption_service", False)
+    try:
+        # JAX's own patience ends the program without a word that helps; ours ends before.
+        there = _done_within(
+            PATIENCE,
+            lambda: jax.distributed.initialize(coordinator, processes, process, initialization_timeout=2 * PATIENCE),
+        )
+    except Exception as error:  # of whatever tells who is who
+        lines = str(error).splitlines() or [type(error).__name__]
+        raise UserError(f"the processes did not find one another: {lines[0]}") from error
+    if not there:
+        raise UserError(
+            f"the processes did not find one another within {PATIENCE} s: start all of them, and let --coordinator name"
+            " a host and port of the first one that the others can reach"
+        )
+
+
+def _done_within(seconds: float, work: Callable[[], None]) -> bool:
+    """work() in a thread of its own, so that a signal ends the wait for it; raises what it raises."""
+    failed: list[Exception] = []
+
+    def run() -> None:
+        try:
+            work()
+        except Exception as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if failed:
+        raise failed[0]
+    return not thread.is_alive()
 
 
 def _batch_sharding(size: int, mesh: Mesh) -> NamedSharding:
@@ -98,8 +146,8 @@ def largest(here: int) -> int:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """What every process does inside alone, all have done afterwards; where it fails in one it fails in all, so that
-    none waits for it.
+    """What every process does inside alone, or one of them, is done afterwards, however long it takes; where it fails
+    in one it fails in all, so that none waits for it.
 
     Raises:
       UserError: it failed in another process.
@@ -107,10 +155,26 @@ def together() -> Iterator[None]:
     try:
         yield
     except Exception:
+        _meet()
         any_of(True)
         raise
+    _meet()
     if any_of(False):
         raise UserError("another process could not do its part: see what it says")
+
+
+def _meet() -> None:
+    """Until all processes are here; not by their devices, which may not wait for minutes."""
+    if jax.process_count() > 1:
+        barrier = ocp.multihost.get_barrier_sync_fn()
+        _done_within(WEEK, lambda: barrier(key="together", timeout_ms=1000 * WEEK))
+
+
+def of_first(values: Any) -> np.ndarray:
+    """An array that the first process has; all of them must call it."""
+    if jax.process_count() == 1:
+        return np.asarray(values)
+    return np.asarray(multihost_utils.broadcast_one_to_all(np.asarray(values)))
 
 
 class Stopping:
@@ -131,13 +195,20 @@ class Stopping:
         self._at_most, self._due = at_most, step
         self._last = step, time.monotonic()
 
-    def agreed(self, step: int, signal: int, out_of_time: bool) -> bool:
-        """Whether they stop after a step. signal: that this process has got, or 0."""
+    def agreed(self, step: int, signal: int, out_of_time: bool, made: Any = None) -> bool:
+        """Whether they stop after a step.
+
+        Args:
+          signal: that this process has got, or 0.
+          made: arrays of the step. They are waited for: on a CPU what the processes ask one another could overtake the
+            step's own collectives in one of them, and both would wait for ever.
+        """
         if jax.process_count() == 1:
             self.signal = signal
             return bool(signal) or out_of_time
         if step < self._due:
             return False
+        jax.block_until_ready(made)
         before, since = self._last
         here = np.array([signal, out_of_time, (time.monotonic() - since) / max(step - before, 1)], np.float32)
         signal_of_any, late, seconds = np.max(multihost_utils.process_allgather(here), axis=0)

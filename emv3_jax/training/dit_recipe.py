@@ -21,7 +21,7 @@ from emv3_jax.data.dataset import Dataset, Plan
 from emv3_jax.data.extract import encoder_hash
 from emv3_jax.diffusion import flow
 from emv3_jax.diffusion.phda import EVEN, PhDAConfig
-from emv3_jax.errors import UserError
+from emv3_jax.errors import UserError, short_of_memory
 from emv3_jax.models import dit
 from emv3_jax.models.dit import Conditions, DiT
 from emv3_jax.options import SamplingOptions
@@ -93,10 +93,13 @@ class DiTRecipe:
 
     def constants(self) -> dict[str, Any]:
         """What the loss needs and does not change: the weights under adapters, the reference of a preference."""
-        kept = {"base": self.start()} if self.cfg.adapters else {}
-        if self.cfg.objective != SFT:
-            kept["reference"] = dict(pipeline.load_models(self.preset, self.cfg.init_from, self.trained))
-        return kept
+        if self.cfg.objective == SFT:
+            return self.base()
+        return {**self.base(), "reference": dict(pipeline.load_models(self.preset, self.cfg.init_from, self.trained))}
+
+    def base(self) -> dict[str, Any]:
+        """Those of `constants` without which what was trained is no whole model."""
+        return {"base": self.start()} if self.cfg.adapters else {}
 
     def weights(self, params: Any, constants: Any) -> dict[str, Any]:
         """The models as they are with what has been trained."""
@@ -271,12 +274,19 @@ class DiTRecipe:
 
     def make_sampler(self, folder: str) -> pipeline.Pipeline:
         """The pipeline with a folder's weights, for many clips: the trained models and the VAE stay in memory, the
-        others are read when they are used. On the mesh that the config says; of several processes each has its own
-        devices."""
-        alone = jax.process_count() == 1
-        mesh = sharding.from_config(self.cfg.mesh) if alone else distributed.local_mesh()
-        models = pipeline.load_models(self.preset, folder, self.trained, mesh)
-        return self.make_pipeline({**models, "vae": self._frozen_on(mesh)["vae"]})
+        others are read when they are used. On the mesh that the config says, if there are several devices; of several
+        processes each has its own.
+
+        Raises:
+          UserError: the devices cannot be divided so, or have too little memory.
+        """
+        if jax.process_count() > 1 or jax.device_count() == 1:
+            mesh = distributed.local_mesh()
+        else:
+            mesh = sharding.from_config(self.cfg.mesh)
+        with short_of_memory("the models that make clips", "divide them over more devices (config key mesh)"):
+            models = pipeline.load_models(self.preset, folder, self.trained, mesh)
+            return self.make_pipeline({**models, "vae": self._frozen_on(mesh)["vae"]})
 
     def evaluate(self, params: Any, constants: Any) -> tuple[dict[str, float], dict[str, np.ndarray]]:
         """Held-out puppets, generated and scored; of presets that know none, a clip of the dataset, generated."""

@@ -1,14 +1,15 @@
 """Writes the weights of a run's checkpoint as a run's end does: python -m emv3_jax.training.export RUN --out DIR
 
 RUN is the --workdir of train.py, or the folder of a cycle's stage; its config.json says what is in it. It may train on
-meanwhile, or have been killed. DIR can be used like RUN/weights: by sample.py, to make clips for review, as a config's
-init_from, and by `convert to-torch`.
+meanwhile, or have been killed; this works on the CPU, and leaves the run its accelerator. DIR can be used like
+RUN/weights: by sample.py, to make clips for review, as a config's init_from, and by `convert to-torch`.
 """
 
 import json
 import pathlib
 import sys
 
+import jax
 import ml_collections
 
 from emv3_jax import command_line
@@ -31,7 +32,10 @@ def config_of(run: pathlib.Path) -> ml_collections.ConfigDict:
             raise ValueError("it is no object")
         return ml_collections.ConfigDict(found)
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} is missing or damaged ({error}): give a folder that train.py works in") from error
+        raise UserError(
+            f"{path} is missing or damaged ({error}): give a folder that train.py works in, of a cycle that of a stage"
+            " (RUN/1_sft)"
+        ) from error
 
 
 def main(arguments: list[str]) -> int:
@@ -45,6 +49,7 @@ def main(arguments: list[str]) -> int:
 
     from emv3_jax.training import recipes
 
+    jax.config.update("jax_platforms", "cpu")
     cfg = config_of(options.run)
     steps = checkpoints.steps_in(options.run)
     if not steps or options.step not in (None, *steps):
@@ -56,7 +61,7 @@ def main(arguments: list[str]) -> int:
     command_line.setup_compile_cache()
     field = checkpoints.RAW if options.unaveraged else checkpoints.AVERAGE
     params = checkpoints.read_field(options.run / "checkpoints" / str(step), field)
-    recipe.export(params, recipe.constants(), options.out)
+    recipe.export(params, recipe.base(), options.out)
     what = "weights" if options.unaveraged else "weights (moving average)"
     print(f"{what} at step {step}: {options.out}", flush=True)
     return 0

@@ -177,11 +177,11 @@ class _Run:
         cfg, recipe, first, started = self.cfg, self.recipe, int(state.step), time.monotonic()
         step = first  # the last one that was taken; state.step would have to be waited for
         watch, stopping = _Watch(cfg.bad_steps, recipe, self.log), distributed.Stopping(first, cfg.log_every)
-        waiting = self._batches(first + 1)
+        waiting, metrics = self._batches(first + 1), None
         with _Signals() as signals:
             while True:
                 out_of_time = bool(cfg.minutes) and time.monotonic() - started > 60 * cfg.minutes
-                done = step >= cfg.steps or stopping.agreed(step, next(iter(signals.received), 0), out_of_time)
+                done = step >= cfg.steps or stopping.agreed(step, next(iter(signals.received), 0), out_of_time, metrics)
                 if step > first and (done or step % cfg.checkpoint_every == 0):
                     watch.look()  # saving waits for the steps anyway
                     if self.checkpoints.latest() != step:

@@ -245,9 +245,6 @@ def sample(
     task, seed = plan["task"], plan["seed"]
     numbers = np.random.default_rng([seed, 0x6E]).permutation(len(data))[:count]
     parts = _batches(data, numbers, batch)
-    mine = parts[jax.process_index() :: jax.process_count()]
-    done, total = 0, sum(map(len, mine))
-    where = " by this process" if len(mine) < len(parts) else ""
     with distributed.together():
         check_writable(folder / verdicts.CLIPS)
         if not (folder / builder.PLAN).exists() and any(folder.glob("*.npz")):
@@ -255,22 +252,29 @@ def sample(
                 f"{folder} holds clips without a {builder.PLAN} that says what made them: give another --out"
             )
         builder.check_plan(folder, plan)
+    waiting = distributed.of_first([not all(is_made(folder, _name(number)) for number in part) for part in parts])
+    mine = [part for part, waits in zip(parts, waiting, strict=True) if waits][
+        jax.process_index() :: jax.process_count()
+    ]
+    done, total = 0, sum(map(len, mine))
+    others = f" ({len(numbers) - total} before, or by others)" if total < len(numbers) else ""
+    with distributed.together():
         for part in mine:
-            if missing := [number for number in part if not is_made(folder, _name(number))]:
-                remedy = "make fewer at once (--batch, in a cycle config key review.batch) or shorter ones"
-                with short_of_memory(f"a batch of {len(part)} clips", remedy):
-                    _make(pipe, options, data, folder, part, missing, task, seed)
+            missing = [number for number in part if not is_made(folder, _name(number))]
+            remedy = "make fewer at once (--batch, in a cycle config key review.batch) or shorter ones"
+            with short_of_memory(f"a batch of {len(part)} clips", remedy):
+                _make(pipe, options, data, folder, part, missing, task, seed)
             done += len(part)
-            distributed.say(f"{done} of {total} clips sampled{where}: {folder}")
-    if jax.process_index() == 0:
-        rows = [
-            {"id": _name(number), "video": f"{_name(number)}.mp4", "task": task, "clip": data.id(number),
-             "seed": seed + number, "prompt": examples.text_of(data.examples([number])[0]["caption"])}
-            for part in parts for number in part
-        ]  # fmt: skip
-        with atomic_path(folder / verdicts.CLIPS) as path:
-            path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    distributed.wait()
+            distributed.say(f"{done} of {total} clips sampled{others}: {folder}")
+    with distributed.together():
+        if jax.process_index() == 0:
+            rows = [
+                {"id": _name(number), "video": f"{_name(number)}.mp4", "task": task, "clip": data.id(number),
+                 "seed": seed + number, "prompt": examples.text_of(data.examples([number])[0]["caption"])}
+                for part in parts for number in part
+            ]  # fmt: skip
+            with atomic_path(folder / verdicts.CLIPS) as path:
+                path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def _name(number: int) -> str:

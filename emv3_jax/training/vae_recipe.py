@@ -47,6 +47,8 @@ class VAERecipe:
         """None."""
         return {}
 
+    base = constants
+
     def loss(
         self, params: Any, constants: Any, batch: jax.Array, key: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array]]:

@@ -18,8 +18,7 @@ import train as train_program
 from emv3_jax.errors import UserError
 from emv3_jax.training import distributed
 
-# NPROC: with as many threads as devices XLA's collectives may wait for one another for ever (bench.meshes).
-ENV = {**os.environ, "JAX_PLATFORMS": "cpu", "NPROC": "16", "PYTHONPATH": str(pathlib.Path(__file__).parents[2])}
+ENV = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(pathlib.Path(__file__).parents[2])}
 PROGRAM = '''
 import argparse
 import os
@@ -121,6 +120,46 @@ def train(workdir: pathlib.Path, processes: int, stop: int = 0) -> str:
     return said[0]
 
 
+TOGETHER = """
+import argparse
+import sys
+import time
+import train
+from emv3_jax.errors import UserError
+from emv3_jax.training import distributed
+
+port, process = sys.argv[1], int(sys.argv[2])
+train.join_others(
+    argparse.Namespace(coordinator=f"localhost:{port}", processes=2, process=process, distributed=False)
+)
+print(distributed.of_first([7 + process]))
+with distributed.together():
+    time.sleep(0.5 * process)
+try:
+    with distributed.together():
+        if process == 1:
+            raise UserError("the lights went out")
+except UserError as error:
+    print(error, flush=True)
+"""
+
+
+def test_where_one_process_fails_all_do():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    words = [sys.executable, "-c", TOGETHER, port]
+    running = [subprocess.Popen([*words, number], env=ENV, stdout=subprocess.PIPE, text=True) for number in "01"]
+    try:
+        said = [process.communicate(timeout=240)[0] for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    assert [process.returncode for process in running] == [0, 0]
+    said = [[line for line in lines.splitlines() if not line.startswith("[Gloo]")] for lines in said]
+    assert said == [["[7]", "another process could not do its part: see what it says"], ["[7]", "the lights went out"]]
+
+
 def lines(workdir: pathlib.Path) -> list[dict]:
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
@@ -210,16 +249,24 @@ def test_processes_ask_one_another_every_few_seconds(monkeypatch):
 def test_who_waits_for_the_others_can_be_stopped_and_does_not_wait_for_ever(monkeypatch):
     """What joins them is not interrupted by signals, and ends the program when its own time is over."""
     never = threading.Event()
+    monkeypatch.setattr(distributed.jax.config, "update", lambda *args: None)
+    monkeypatch.setattr(distributed.jax.distributed, "initialize", lambda *args, **keywords: never.wait(60))
     with pytest.raises(KeyboardInterrupt):
         timer = threading.Timer(0.2, lambda: os.kill(os.getpid(), signal.SIGINT))
         timer.start()
-        train_program.wait_for(lambda: never.wait(60))
-    monkeypatch.setattr(train_program, "PATIENCE", 0.1)
+        distributed.join("localhost:1", 2, 0)
+    monkeypatch.setattr(distributed, "PATIENCE", 0.1)
     with pytest.raises(UserError, match=r"did not find one another within 0\.1 s: start all of them"):
-        train_program.wait_for(lambda: never.wait(60))
+        distributed.join("localhost:1", 2, 0)
     never.set()
+    monkeypatch.setattr(distributed, "PATIENCE", 60)
+
+    def fail(*args, **keywords):
+        raise ValueError("no cluster\nand so on")
+
+    monkeypatch.setattr(distributed.jax.distributed, "initialize", fail)
     with pytest.raises(UserError, match="did not find one another: no cluster$"):
-        train_program.wait_for(lambda: (_ for _ in ()).throw(ValueError("no cluster\nand so on")))
+        distributed.join()
     options = argparse.Namespace(coordinator="notaport", processes=2, process=0, distributed=False)
     with pytest.raises(UserError, match="--coordinator must be HOST:PORT, got 'notaport'"):
         train_program.join_others(options)
