@@ -95,8 +95,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--overlap", type=int, default=8, help="latent frames")
     parser.add_argument("--json", help="also write the numbers of every clip here")
     args = parser.parse_args(arguments)
-    if args.clips < 1 or args.seconds < 10:
-        raise UserError("--clips must be 1 or more, --seconds 10 or more")
+    if args.clips < 1 or args.seconds < 10 or args.seconds % 4:
+        raise UserError("--clips must be 1 or more, --seconds a multiple of 4 above 10")
     pipe = load_pipeline("demo")
     frames = args.seconds * FPS + 1
     rows: dict[str, list[dict[str, float]]] = {}

@@ -38,8 +38,6 @@ BATCH, LATENTS = 8, (5, 8, 8)
 DEVICES = 8
 # XLA's pool has as many threads as devices or cores, and a collective holds one for every device: two that do not wait
 # for each other can take half of the pool each and never end, until XLA ends the program. So room for several at once.
-# (Not where processes have a device each: with more threads than needed XLA may take two collectives of a step in one
-# order here and in the other there, and both processes wait for ever.)
 THREADS = 4 * DEVICES
 
 

@@ -43,6 +43,10 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
             f"the processes did not find one another within {PATIENCE} s: start all of them, and let --coordinator name"
             " a host and port of the first one that the others can reach"
         )
+    if jax.default_backend() == "cpu":
+        # XLA forgets in which order the collectives of a program belong that it reads from the cache: the processes
+        # come to different ones, and wait for ever.
+        jax.config.update("jax_enable_compilation_cache", False)
 
 
 def _done_within(seconds: float, work: Callable[[], None]) -> bool:

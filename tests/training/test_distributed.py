@@ -132,6 +132,7 @@ port, process = sys.argv[1], int(sys.argv[2])
 train.join_others(
     argparse.Namespace(coordinator=f"localhost:{port}", processes=2, process=process, distributed=False)
 )
+assert not distributed.jax.config.jax_enable_compilation_cache  # XLA mixes up collectives of what is in it
 print(distributed.of_first([7 + process]))
 with distributed.together():
     time.sleep(0.5 * process)
