@@ -12,7 +12,7 @@ which divides the clips of a batch. beta here is for differences between errors.
 the error itself, which in float32 is exactly 0 from beta·err of 88 on, and lost beside AdamW's epsilon long before:
 give it --config.beta=10, for velocity errors of a few tenths. A stage is short: it only pushes away, and what it harms
 the SFT after it mends (full_cycle.py). beta1 is 0, for momentum runs on after the preference has faded: on puppets the
-errors rose with it to fifteen times what they rise to without (docs/benchmarks.md). The loss that is logged is the
+errors rose with it to ten times what they rise to without (docs/benchmarks.md). The loss that is logged is the
 preference over beta; `error_over_reference` says how far the errors have risen.
 """
 
