@@ -158,7 +158,9 @@ def together() -> Iterator[None]:
     """
     try:
         yield
-    except Exception:
+    except Exception as error:  # whatever it is, the others are told, and it goes on
+        if jax.process_count() > 1:
+            print(f"note: process {jax.process_index()} waits for the others, and ends then: {error}", flush=True)
         _meet()
         any_of(True)
         raise

@@ -158,7 +158,10 @@ def test_where_one_process_fails_all_do():
             process.kill()
     assert [process.returncode for process in running] == [0, 0]
     said = [[line for line in lines.splitlines() if not line.startswith("[Gloo]")] for lines in said]
-    assert said == [["[7]", "another process could not do its part: see what it says"], ["[7]", "the lights went out"]]
+    assert said == [
+        ["[7]", "another process could not do its part: see what it says"],
+        ["[7]", "note: process 1 waits for the others, and ends then: the lights went out", "the lights went out"],
+    ]
 
 
 def lines(workdir: pathlib.Path) -> list[dict]:
